@@ -1,0 +1,1 @@
+"""Primitives: a tensor, a network or a sequence as blocks. Knows nothing of methods."""

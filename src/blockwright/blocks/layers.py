@@ -1,0 +1,338 @@
+"""A model as a chain of blocks: find the chain and its linears by structure, swap modules, rebuild a model from its blueprint.
+
+A `Blueprint` is a model without its weights in memory: the config, the place of every tensor, and the `forms` of modules that are no
+longer what the architecture's own code would build (a packed linear, a linear with an adapter). Structural changes (drop, share) are edits of the
+blueprint; files are never touched.
+"""
+
+import copy
+import json
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from blockwright.blocks.packed import PackedEmbedding, PackedLinear
+from blockwright.blocks.parameters import Tensors
+from blockwright.errors import BlockwrightError
+
+Form = dict[str, Any]  # JSON: {"form": "packed", "bits": 4, ...}: how to rebuild a module without its weights
+
+# The modules that may stand where the architecture built another: each has form() and from_form(module it replaces, form).
+FORMS: dict[str, Any] = {"packed": PackedLinear, "packed_embedding": PackedEmbedding}
+
+
+@dataclass(frozen=True)
+class Blueprint:
+    """A model as config, tensors by place, and forms by module name. Immutable: edits give a new one."""
+
+    config: PreTrainedConfig
+    tensors: Tensors
+    forms: Mapping[str, Form] = field(default_factory=dict)
+    origin: tuple[int, ...] = ()  # for each block, which block of the dense model it was
+
+
+    @classmethod
+    def of_folder(cls, folder: Path) -> "Blueprint":
+        """A dense model folder as transformers writes it. Raises BlockwrightError where config and weights disagree."""
+        config = read_config(folder)
+        if getattr(config, "quantization_config", None):
+            raise BlockwrightError(
+                f"{folder}: already quantised", allowed="a dense model folder", do="Start from the model it was made from"
+            )
+        tensors = Tensors.of_folder(folder)
+        blueprint = cls(config, _match(skeleton(config), tensors, folder))
+        return blueprint
+
+    @classmethod
+    def of_module(cls, model: nn.Module) -> "Blueprint":
+        """A transformers model in memory. Its tensors are referred to, not copied."""
+        if not isinstance(model, PreTrainedModel):
+            raise BlockwrightError(
+                f"model: {type(model).__name__}", allowed="a transformers PreTrainedModel", do="Load it with AutoModelForCausalLM"
+            )
+        forms = {name: m.form() for name, m in model.named_modules() if isinstance(m, tuple(FORMS.values()))}
+        state = {**dict(model.named_parameters(remove_duplicate=False)), **_persistent_buffers(model)}
+        return cls(copy.deepcopy(model.config), Tensors.of_memory(state), forms)
+
+    def skeleton(self) -> PreTrainedModel:
+        """The model with every weight on meta and its own forms in place; buffers that no file holds (rotary tables) are real."""
+        model = skeleton(self.config)
+        for name, form in self.forms.items():
+            swap(model, name, FORMS[form["form"]].from_form(model.get_submodule(name), form))
+        return model
+
+    def block(self, name: str) -> nn.Module:
+        """One block of the skeleton, by its dotted name."""
+        block = copy.deepcopy(_template(type(self.config), self.config.to_json_string()).get_submodule(name))
+        for full, form in self.forms.items():
+            if full.startswith(name + "."):
+                inner = full.removeprefix(name + ".")
+                swap(block, inner, FORMS[form["form"]].from_form(block.get_submodule(inner), form))
+        return block
+
+    def build(self, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> PreTrainedModel:
+        """The whole model in memory, in eval mode. dtype: of floating-point tensors; None keeps each as stored."""
+        model = self.skeleton()
+        fill(model, self.tensors, device=device, dtype=dtype)
+        return cast(PreTrainedModel, model.eval())
+
+    def edited(self, **changes: Any) -> "Blueprint":
+        return replace(self, **changes)
+
+    def with_layers(self, keep: list[int]) -> "Blueprint":
+        """Only the blocks `keep` (old indices, in the new order), renumbered; per-layer lists of the config follow."""
+        path = chain_path(self.skeleton())
+        total = num_blocks(self.config)
+        config = copy.deepcopy(self.config)
+        for key, value in config.to_dict().items():
+            if isinstance(value, list) and len(value) == total and "layer" in key:
+                setattr(config, key, [value[i] for i in keep])
+        setattr(config, _depth_key(config), len(keep))
+        old_of_new = {f"{path}.{new}.": f"{path}.{old}." for new, old in enumerate(keep)}
+
+        def rename(names: Iterable[str]) -> dict[str, str]:
+            names = list(names)
+            outside = {n: n for n in names if not n.startswith(path + ".")}
+            inside = {
+                new_prefix + n[len(old_prefix) :]: n
+                for new_prefix, old_prefix in old_of_new.items()
+                for n in names
+                if n.startswith(old_prefix)
+            }
+            return outside | inside
+
+        forms = {new: self.forms[old] for new, old in rename(self.forms).items()}
+        origin = self.origin or tuple(range(total))
+        return Blueprint(config, self.tensors.renamed(rename(self.tensors)), forms, tuple(origin[i] for i in keep))
+
+    def with_shared(self, parent_of: Mapping[int, int], own: Callable[[str], bool]) -> "Blueprint":
+        """Block `child` takes the tensors of block `parent_of[child]`, by place; names for which `own(name)` holds stay its own.
+
+        Raises BlockwrightError when two blocks do not hold tensors of the same names and shapes.
+        """
+        path = chain_path(self.skeleton())
+        places, forms = dict(self.tensors.places), dict(self.forms)
+        for child, parent in parent_of.items():
+            mine, theirs = f"{path}.{child}.", f"{path}.{parent}."
+            shape = {n[len(mine) :]: self.tensors.facts(n).shape for n in self.tensors if n.startswith(mine)}
+            other = {n[len(theirs) :]: self.tensors.facts(n).shape for n in self.tensors if n.startswith(theirs)}
+            if shape != other:
+                odd = sorted(k for k in shape.keys() | other.keys() if shape.get(k) != other.get(k))[0]
+                raise BlockwrightError(
+                    f"blocks {parent} and {child} cannot share: {odd} is {other.get(odd)} and {shape.get(odd)}",
+                    allowed="blocks of one shape in a group",
+                    do="Use a smaller group, or protect one of the two blocks",
+                )
+            for name in shape:
+                if not own(name):
+                    places[mine + name] = places[theirs + name]
+            for name, form in self.forms.items():
+                if name.startswith(theirs):
+                    forms[mine + name[len(theirs) :]] = form
+        tensors = self.tensors.replaced(list(self.tensors), places, self.tensors.memory)
+        return self.edited(tensors=tensors, forms=forms)
+
+
+def read_config(folder: Path) -> PreTrainedConfig:
+    """The config of a model folder. Runs no code of the folder. Raises BlockwrightError when it is missing, empty or unknown."""
+    if not folder.is_dir() or not any(folder.iterdir()):
+        state = "does not exist" if not folder.exists() else "is empty" if folder.is_dir() else "is no folder"
+        raise BlockwrightError(
+            f"model {folder}: {state}", allowed="a model folder with config.json and safetensors weights", do="Check the path"
+        )
+    if not (folder / "config.json").is_file():
+        raise BlockwrightError(f"model {folder}: no config.json", do="Name a model folder as save_pretrained writes it")
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    except Exception as error:  # transformers raises many kinds for a bad or unknown config
+        line = next(iter(str(error).splitlines()), type(error).__name__)
+        raise BlockwrightError(
+            f"model {folder}: unsupported config ({line})",
+            allowed="a decoder that this version of transformers has the code for",
+            do="Update transformers, or see CONTRIBUTING.md on supporting an architecture",
+        ) from None
+    return config
+
+
+def skeleton(config: PreTrainedConfig) -> PreTrainedModel:
+    """The model of a config with parameters on meta and real buffers: costs no memory and no initialisation."""
+    return copy.deepcopy(_template(type(config), config.to_json_string()))
+
+
+@lru_cache(maxsize=4)
+def _template(config_class: type[PreTrainedConfig], config_json: str) -> PreTrainedModel:
+    config = config_class.from_dict(json.loads(config_json))
+    with _parameters_on_meta():
+        for auto in (AutoModelForCausalLM, AutoModel):
+            if type(config) in auto._model_mapping:
+                return cast(PreTrainedModel, auto.from_config(config).eval().requires_grad_(False))
+    raise BlockwrightError(
+        f"architecture {config.model_type!r}: unsupported",
+        allowed="any model that AutoModelForCausalLM or AutoModel builds",
+        do="See CONTRIBUTING.md on supporting an architecture",
+    )
+
+
+@contextmanager
+def _parameters_on_meta() -> Iterator[None]:
+    """Every parameter registered inside goes to meta at once; buffers are computed as usual."""
+    register = nn.Module.register_parameter
+
+    def on_meta(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
+        if param is not None and not param.is_meta:
+            param = nn.Parameter(param.to("meta"), requires_grad=param.requires_grad)
+        register(self, name, param)
+
+    nn.Module.register_parameter = on_meta  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register  # type: ignore[method-assign]
+
+
+def chain_path(model: nn.Module) -> str:
+    """The dotted name of the chain of blocks: the ModuleList of like modules that holds the most parameters.
+
+    Raises BlockwrightError for a model without one.
+    """
+
+    def weight(m: nn.Module) -> int:
+        return sum(p.numel() for p in m.parameters())
+
+    best = max(
+        ((weight(m), -name.count("."), name) for name, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m)),
+        default=None,
+    )
+    if best is None:
+        raise BlockwrightError(
+            f"{type(model).__name__}: no chain of blocks found",
+            allowed="a model whose layers are an nn.ModuleList",
+            do="See CONTRIBUTING.md on supporting an architecture",
+        )
+    return best[2]
+
+
+def num_blocks(config: PreTrainedConfig) -> int:
+    return int(getattr(config, _depth_key(config)))
+
+
+def _depth_key(config: PreTrainedConfig) -> str:
+    return next((k for k in ("num_hidden_layers", "n_layer", "num_layers") if k in config.to_dict()), "num_hidden_layers")
+
+
+def is_linear(module: nn.Module) -> bool:
+    """A dense matrix multiplication: nn.Linear or transformers' Conv1D (the same, stored transposed)."""
+    return isinstance(module, (nn.Linear, Conv1D))
+
+
+def selected(name: str, module: nn.Module, targets: Iterable[str], ignore: Iterable[str]) -> bool:
+    """Whether `targets` names this module and `ignore` does not: a class name, a dotted name, its end, or `re:<regex>`."""
+
+    def named(pattern: str) -> bool:
+        if pattern.startswith("re:"):
+            return re.search(pattern[3:], name) is not None
+        return pattern in (name, type(module).__name__) or name.endswith("." + pattern) or name.startswith(pattern + ".")
+
+    return any(map(named, targets)) and not any(map(named, ignore))
+
+
+def swap(root: nn.Module, name: str, new: nn.Module) -> None:
+    """Put `new` where the module `name` stands."""
+    parent, _, last = name.rpartition(".")
+    owner = root.get_submodule(parent)
+    if isinstance(owner, (nn.ModuleList, nn.Sequential)):
+        owner[int(last)] = new
+    else:
+        setattr(owner, last, new)
+
+
+def fill(
+    module: nn.Module, tensors: Tensors, prefix: str = "", device: str | torch.device = "cpu", dtype: torch.dtype | None = None
+) -> None:
+    """Give every meta tensor of `module` its value, read by name (`prefix` + its name). Shared places give shared tensors.
+
+    Raises BlockwrightError naming the tensor that is not finite.
+    """
+    wanted = {
+        prefix + name: name for name, t in [*module.named_parameters(remove_duplicate=False), *module.named_buffers()] if t.is_meta
+    }
+    present = {full: name for full, name in wanted.items() if full in tensors}
+    values = tensors.read(present)
+    converted: dict[int, Tensor | nn.Parameter] = {}
+    for full, name in present.items():
+        value = values[full]
+        if id(value) not in converted:
+            converted[id(value)] = nn.Parameter(_ready(full, value, device, dtype), requires_grad=False)
+        owner, _, last = name.rpartition(".")
+        holder = module.get_submodule(owner)
+        ready = converted[id(value)]
+        if last in holder._parameters:
+            holder._parameters[last] = cast(nn.Parameter, ready)
+        else:
+            holder._buffers[last] = ready.data
+    for missing in wanted.keys() - present.keys():
+        raise BlockwrightError(f"tensor {missing}: not in the model's files", do="Copy the model folder again, whole")
+
+
+def _ready(name: str, value: Tensor, device: str | torch.device, dtype: torch.dtype | None) -> Tensor:
+    check_finite(value, name)
+    if dtype is not None and value.is_floating_point():
+        value = value.to(dtype)
+    return value.to(device)
+
+
+def check_finite(value: Tensor, what: str) -> None:
+    """Raise BlockwrightError naming `what` when a value is NaN or infinite."""
+    if value.is_floating_point() and value.numel() and not bool(torch.isfinite(value.abs().max())):
+        bad = (~torch.isfinite(value)).nonzero()[0].tolist()
+        raise BlockwrightError(
+            f"{what}: {value[tuple(bad)].item()} at {bad}", allowed="finite values", do="Repair or download the model again; nothing was written"
+        )
+
+
+def _persistent_buffers(model: nn.Module) -> dict[str, Tensor]:
+    state = model.state_dict(keep_vars=True)
+    return {name: b for name, b in model.named_buffers(remove_duplicate=False) if name in state}
+
+
+def _match(model: PreTrainedModel, tensors: Tensors, folder: Path) -> Tensors:
+    """The tensors under the model's own names. Raises BlockwrightError where config.json and the weights disagree."""
+    expected = dict(model.named_parameters(remove_duplicate=False)) | _persistent_buffers(model)
+    prefix = model.base_model_prefix + "."
+    names = {
+        name: next((n for n in (name, name.removeprefix(prefix), prefix + name) if n in tensors), None) for name in expected
+    }
+    source: dict[int, str] = {}  # tied weights: one parameter under two names, stored under the first
+    for name, found in names.items():
+        if found is not None:
+            source.setdefault(id(expected[name]), found)
+    for name, found in names.items():
+        stored = source.get(id(expected[name]))
+        if stored is None:
+            raise BlockwrightError(
+                f"model {folder}: config.json asks for tensor {name} {tuple(expected[name].shape)}, which the weights lack",
+                do="Use the config.json and the weights of one model",
+            )
+        if found is not None and tensors.facts(found).shape != tuple(expected[name].shape):
+            raise BlockwrightError(
+                f"model {folder}: {found} is {tensors.facts(found).shape} in the weights and {tuple(expected[name].shape)} by config.json",
+                do="Use the config.json and the weights of one model",
+            )
+    known = {n for n in names.values() if n is not None}
+    layer = re.compile(re.escape(chain_path(model)) + r"\.\d+\.")
+    for extra in sorted(tensors.keys() - known):
+        if layer.match(extra) and not extra.endswith((".attn.bias", ".masked_bias", ".rotary_emb.inv_freq")):
+            raise BlockwrightError(
+                f"model {folder}: the weights hold {extra}, which config.json does not know",
+                do="Use the config.json and the weights of one model",
+            )
+    return tensors.renamed({name: source[id(parameter)] for name, parameter in expected.items()})

@@ -1,0 +1,299 @@
+"""A model block by block: one block resident at a time, its arguments recorded once, its inputs flowing from block to block.
+
+`Stream` embeds the calibration tokens, records what the model passes to each block (masks, rotary tables, flags; Gemma-like models pass
+different ones to different layers) by one pass over stubs, and loads blocks one at a time.
+"""
+
+from collections.abc import Iterable, Iterator
+from typing import Any, Protocol, TypeVar
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from blockwright.blocks import layers
+from blockwright.blocks.layers import Blueprint
+from blockwright.errors import BlockwrightError
+
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]  # what follows the hidden states: positional, by name
+
+
+class Block:
+    """One block of the chain, resident in fp32, with the arguments that its model passes it.
+
+    index : position in the chain. name : dotted name in the model. module : its modules, without gradients, in eval mode.
+    """
+
+    def __init__(
+        self, index: int, name: str, module: nn.Module, *, arguments: list[Arguments] | None, shared: frozenset[str], batch: int
+    ) -> None:
+        self.index, self.name, self.module, self.shared, self.batch = index, name, module, shared, batch
+        self.forms: dict[str, layers.Form] = {}  # full name -> form, of the modules swapped since loading
+        self._arguments = arguments
+
+    def linears(self, targets: Iterable[str] = ("Linear",), ignore: Iterable[str] = ()) -> dict[str, nn.Module]:
+        """Full dotted name -> dense linear, in the order of the module tree; shared ones only in the first block that holds them.
+
+        A transformers Conv1D counts as "Linear".
+        """
+        targets, ignore = list(targets), list(ignore)
+        if "Linear" in targets:
+            targets.append("Conv1D")
+        found = {f"{self.name}.{n}": m for n, m in self.module.named_modules() if layers.is_linear(m)}
+        return {n: m for n, m in found.items() if n not in self.shared and layers.selected(n, m, targets, ignore)}
+
+    def swap(self, name: str, new: nn.Module) -> None:
+        """Put `new` (one of layers.FORMS) where the module of this full name stands."""
+        layers.swap(self.module, name.removeprefix(self.name + "."), new)
+        self.forms[name] = new.form()  # type: ignore[operator]
+
+    def __call__(self, x: Float[Tensor, "b T d"], rows: slice = slice(None)) -> Float[Tensor, "b T d"]:
+        """The block's output for the samples `rows` of the calibration set, whose hidden states are x. Differentiable."""
+        if self._arguments is None:
+            raise BlockwrightError(f"block {self.name}: loaded without inputs", do="Ask for inputs='treated' or 'dense'")
+        args, kwargs = _for_rows(self._arguments, rows)
+        out = self.module(x, *args, **kwargs)
+        return out[0] if isinstance(out, tuple) else out
+
+    @torch.no_grad()
+    def outputs(self, x: Float[Tensor, "n T d"]) -> Float[Tensor, "n T d"]:
+        """The block's output for all samples, in mini-batches, without gradients. Raises BlockwrightError where it is not finite."""
+        out = torch.empty_like(x)
+        for rows in batches(len(x), self.batch):
+            out[rows] = self(x[rows], rows)
+        layers.check_finite(out, f"output of block {self.name}")
+        return out
+
+    def observe(self, x: Float[Tensor, "n T d"], make: "type[Stat]", linears: Iterable[str] | None = None) -> "dict[str, Any]":
+        """Run all samples through the block and gather `make(in_features)` over the inputs of each named linear (default: all).
+
+        Raises BlockwrightError naming the linear whose inputs are not finite.
+        """
+        modules = {n: m for n, m in self.linears().items() if linears is None or n in set(linears)}
+        stats = {n: make(in_features(m)) for n, m in modules.items()}
+
+        def hook(stat: Stat) -> Any:
+            return lambda module, args: stat.add(args[0].detach().reshape(-1, args[0].shape[-1]))
+
+        handles = [m.register_forward_pre_hook(hook(stats[n])) for n, m in modules.items()]
+        try:
+            self.outputs(x)
+        finally:
+            for handle in handles:
+                handle.remove()
+        for name, stat in stats.items():
+            layers.check_finite(stat.summary(), f"calibration inputs of {name}")
+        return stats
+
+
+class Stream:
+    """The parts of a model around its chain of blocks, the recorded arguments, and blocks on demand.
+
+    ids : token ids, [n, T] int64, or None when no inputs are needed. mask : 1 for real tokens, 0 for padding, [n, T]; None: no padding.
+    batch : samples in one forward pass. Memory: the embedded samples (n T d fp32), and one block at a time.
+    """
+
+    def __init__(
+        self,
+        blueprint: Blueprint,
+        ids: Int[Tensor, "n T"] | None,
+        *,
+        mask: Int[Tensor, "n T"] | None = None,
+        device: str | torch.device = "cpu",
+        batch: int = 8,
+    ) -> None:
+        self.ids, self.mask, self.device, self.batch = ids, mask, device, batch
+        self.path = layers.chain_path(blueprint.skeleton())
+        self.num_blocks = layers.num_blocks(blueprint.config)
+        self.arguments: list[list[Arguments]] | None = None
+        if ids is not None:
+            if not ids.numel():
+                raise BlockwrightError("calibration: no samples", allowed="token ids [n, T] with n, T >= 1", do="Give more text")
+            self.embedded, self.arguments = self._record(blueprint)
+
+    def block(self, blueprint: Blueprint, index: int) -> Block:
+        """Block `index` of a blueprint of this chain, read into fresh fp32 memory."""
+        name = f"{self.path}.{index}"
+        module = blueprint.block(name)
+        layers.fill(module, blueprint.tensors, name + ".", device=self.device, dtype=torch.float32)
+        arguments = self.arguments[index] if self.arguments is not None else None
+        shared = frozenset(_held_by_earlier(blueprint, self.path, index, module))
+        return Block(index, name, module, arguments=arguments, shared=shared, batch=self.batch)
+
+    def final_hidden(self, blueprint: Blueprint) -> Float[Tensor, "n T d"]:
+        """The hidden states after the last block, for all samples."""
+        x = self.embedded
+        for i in range(self.num_blocks):
+            x = self.block(blueprint, i).outputs(x)
+        return x
+
+    @torch.no_grad()
+    def logits(self, blueprint: Blueprint, hidden: Float[Tensor, "n T d"]) -> Iterator[tuple[slice, Float[Tensor, "b T V"]]]:
+        """What follows the chain (last norm, head) on the hidden states, in mini-batches: (rows, fp32 logits)."""
+        model = self._around(blueprint, whole=True)
+        for rows in batches(len(hidden), max(1, self.batch // 4)):
+            for stub in self._stubs(model):
+                stub.value = hidden[rows]
+            yield rows, self._forward(model, rows).logits
+
+    @torch.no_grad()
+    def _record(self, blueprint: Blueprint) -> tuple[Tensor, list[list[Arguments]]]:
+        """Embedded samples, and the arguments of each block: one entry for all samples, or one a sample where they are padded."""
+        model = self._around(blueprint, whole=False)
+        stubs = self._stubs(model)
+        embedded = []
+        for rows in batches(self._num_samples(), self.batch):
+            self._forward(model, rows)
+            embedded.append(stubs[0].seen[0])
+        recorded: list[list[Arguments]] = [[] for _ in stubs]
+        for i in range(1 if self.mask is None else self._num_samples()):
+            self._forward(model, slice(i, i + 1))
+            for stub, arguments in zip(stubs, recorded, strict=True):
+                arguments.append(stub.seen[1:])
+        return torch.cat(embedded), recorded
+
+    def _around(self, blueprint: Blueprint, *, whole: bool) -> nn.Module:
+        """The model with stubs for its blocks and the rest in fp32: with its head (whole), or the base model alone."""
+        model = blueprint.skeleton()
+        chain = model.get_submodule(self.path)
+        for i in range(self.num_blocks):
+            layers.swap(model, f"{self.path}.{i}", _Stub(chain.get_submodule(str(i))))
+        part = model if whole else model.base_model
+        prefix = "" if part is model else model.base_model_prefix + "."
+        layers.fill(part, blueprint.tensors, prefix, device=self.device, dtype=torch.float32)
+        return part
+
+    def _stubs(self, model: nn.Module) -> "list[_Stub]":
+        return [m for m in model.modules() if isinstance(m, _Stub)]
+
+    def _num_samples(self) -> int:
+        return 0 if self.ids is None else len(self.ids)
+
+    def _forward(self, model: nn.Module, rows: slice) -> Any:
+        assert self.ids is not None
+        mask = None if self.mask is None else self.mask[rows].to(self.device)
+        return model(self.ids[rows].to(self.device), attention_mask=mask, use_cache=False)
+
+
+def batches(n: int, size: int) -> Iterator[slice]:
+    """0..n cut into slices of `size`, the last one shorter."""
+    for start in range(0, n, size):
+        yield slice(start, min(start + size, n))
+
+
+def in_features(linear: nn.Module) -> int:
+    """Inputs of a dense linear; a Conv1D stores its weight as [in, out]."""
+    return int(linear.in_features if isinstance(linear, nn.Linear) else linear.weight.shape[0])  # type: ignore[union-attr,index]
+
+
+class Stat(Protocol):
+    """A running statistic over the inputs of one linear."""
+
+    def __init__(self, features: int) -> None: ...
+
+    def add(self, x: Float[Tensor, "t K"]) -> None: ...
+
+    def summary(self) -> Tensor: ...
+
+
+class Moments:
+    """Running mean, variance and Euclidean norm of each input channel, in fp64.
+
+    After all `add`s: mean [K], var [K] (over all tokens, divided by their number), norm [K] (square root of the sum of squares).
+    """
+
+    def __init__(self, features: int) -> None:
+        self.count = 0
+        self.mean = torch.zeros(features, dtype=torch.float64)
+        self._spread = torch.zeros(features, dtype=torch.float64)  # sum of squared deviations from the mean
+
+    def add(self, x: Float[Tensor, "t K"]) -> None:
+        """Chan, Golub and LeVeque's update: no cancellation when the mean is large."""
+        x = x.double().cpu()
+        count, mean = len(x), x.mean(0)
+        total, delta = self.count + count, mean - self.mean
+        self._spread += ((x - mean) ** 2).sum(0) + delta**2 * (self.count * count / total)
+        self.mean = self.mean + delta * (count / total)
+        self.count = total
+
+    @property
+    def var(self) -> Tensor:
+        return self._spread / self.count
+
+    @property
+    def norm(self) -> Tensor:
+        return (self._spread + self.count * self.mean**2).sqrt()
+
+    def summary(self) -> Tensor:
+        return self.norm
+
+
+class Gram:
+    """Running x^T x over all tokens, [K, K] fp32: the Hessian of a linear's squared output error, up to a factor."""
+
+    def __init__(self, features: int) -> None:
+        self.count = 0
+        self.sum = torch.zeros(features, features)
+
+    def add(self, x: Float[Tensor, "t K"]) -> None:
+        self.sum = self.sum.to(x.device).addmm_(x.T, x)
+        self.count += len(x)
+
+    def summary(self) -> Tensor:
+        return self.sum.diagonal()
+
+
+class _Stub(nn.Module):
+    """Stands where a block stands: keeps what it was given and hands on `value`, or its input. Other attributes are the block's."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.__dict__["block"] = block  # not a submodule: its weights stay unread
+        self.value: Tensor | None = None
+        self.seen: Any = None
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.__dict__["block"], name)
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        self.seen = (x, args, kwargs)
+        return x if self.value is None else self.value
+
+
+def _for_rows(arguments: list[Arguments], rows: slice) -> Arguments:
+    """The arguments of some samples: those of all where there is one entry (batch 1 broadcasts), else stacked along the batch."""
+    if len(arguments) == 1:
+        return arguments[0]
+    chosen = arguments[rows]
+    args = tuple(_stacked([a[0][i] for a in chosen]) for i in range(len(chosen[0][0])))
+    return args, {key: _stacked([a[1][key] for a in chosen]) for key in chosen[0][1]}
+
+
+T = TypeVar("T")
+
+
+def _stacked(values: list[T]) -> T:
+    first: Any = values[0]
+    if isinstance(first, tuple):
+        return tuple(_stacked(list(v)) for v in zip(*values, strict=True))  # type: ignore[arg-type,return-value]
+    if isinstance(first, Tensor) and first.dim() and first.shape[0] == 1:
+        return torch.cat(values)  # type: ignore[arg-type,return-value]
+    return values[0]
+
+
+def _held_by_earlier(blueprint: Blueprint, path: str, index: int, module: nn.Module) -> Iterator[str]:
+    """Full names of this block's modules all of whose tensors an earlier block holds too."""
+    earlier = {
+        place
+        for name, place in blueprint.tensors.items()
+        if name.startswith(path + ".") and int(name[len(path) + 1 :].split(".", 1)[0]) < index
+    }
+    for name, m in module.named_modules():
+        full = f"{path}.{index}.{name}"
+        own = [f"{full}.{t}" for t, _ in [*m.named_parameters(recurse=False), *m.named_buffers(recurse=False)]]
+        places = [blueprint.tensors[t] for t in own if t in blueprint.tensors]
+        if places and all(place in earlier for place in places):
+            yield full

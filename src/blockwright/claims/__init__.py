@@ -1,0 +1,1 @@
+"""One small program per method that re-measures its paper's claim."""

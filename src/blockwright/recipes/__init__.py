@@ -1,0 +1,1 @@
+"""The main job: a recipe in, a cheaper model and a report out."""

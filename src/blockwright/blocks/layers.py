@@ -285,7 +285,8 @@ def fill(
 
 def _ready(name: str, value: Tensor, device: str | torch.device, dtype: torch.dtype | None) -> Tensor:
     check_finite(value, name)
-    if dtype is not None and value.is_floating_point():
+    narrower = dtype is not None and dtype.itemsize < value.dtype.itemsize
+    if dtype is not None and value.is_floating_point() and not (name.endswith("weight_scale") and narrower):
         value = value.to(dtype)
     return value.to(device)
 
@@ -336,3 +337,13 @@ def _match(model: PreTrainedModel, tensors: Tensors, folder: Path) -> Tensors:
                 do="Use the config.json and the weights of one model",
             )
     return tensors.renamed({name: source[id(parameter)] for name, parameter in expected.items()})
+
+
+def check_against_skeleton(model: Blueprint, folder: Path) -> None:
+    """Raise BlockwrightError where the tensors of a folder are not those that its config and forms ask for."""
+    skeleton = model.skeleton()
+    expected = dict(skeleton.named_parameters(remove_duplicate=False)) | _persistent_buffers(skeleton)
+    for name, t in expected.items():
+        if name not in model.tensors or model.tensors.facts(name).shape != tuple(t.shape):
+            found = model.tensors.facts(name).shape if name in model.tensors else "missing"
+            raise BlockwrightError(f"{folder}: tensor {name} is {found}, expected {tuple(t.shape)}", do="Write or copy the folder again")

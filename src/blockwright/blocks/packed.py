@@ -29,15 +29,14 @@ class _Packed(nn.Module):
             self.register_buffer("weight_zero_point", torch.empty(-(-n * bits // 32), groups, dtype=torch.int32, device=meta))
 
     def set_codes(
-        self, codes_NK: Int8[Tensor, "N K"], scale_NG: Float[Tensor, "N G"], zero_NG: Int8[Tensor, "N G"] | None = None
+        self, codes_NK: Int8[Tensor, "N K"], scale_NG: Float[Tensor, "#N G"], zero_NG: Int8[Tensor, "#N G"] | None = None
     ) -> None:
-        """Take these codes, scales (in the dtype to store) and zero points."""
+        """Take these codes, scales (in the dtype to store) and zero points; those of one row hold for all rows."""
         self.weight_packed = tiles.pack(codes_NK, self.bits)
         self.weight_scale = scale_NG.expand(self.shape[0], -1).contiguous()
         self.weight_shape = torch.tensor(self.shape, device=codes_NK.device)
         if zero_NG is not None:
-            zero_NG = zero_NG.expand(self.shape[0], -1)
-            self.weight_zero_point = tiles.pack(zero_NG.T.contiguous(), self.bits).T.contiguous()
+            self.weight_zero_point = tiles.pack(zero_NG.expand(self.shape[0], -1).T, self.bits).T.contiguous()
 
     def codes(self) -> Int8[Tensor, "N K"]:
         return tiles.unpack(self.weight_packed, self.bits, self.shape[1])
@@ -79,8 +78,8 @@ class PackedLinear(_Packed):
         cls,
         linear: nn.Module,
         codes_NK: Int8[Tensor, "N K"],
-        scale_NG: Float[Tensor, "N G"],
-        zero_NG: Int8[Tensor, "N G"] | None = None,
+        scale_NG: Float[Tensor, "#N G"],
+        zero_NG: Int8[Tensor, "#N G"] | None = None,
         *,
         bits: int,
         group_size: int,
@@ -124,8 +123,8 @@ class PackedLinear(_Packed):
 class PackedEmbedding(_Packed):
     """An embedding table packed by rows: only the rows asked for are dequantised. A tied head is a PackedLinear on the same tensors."""
 
-    def __init__(self, num_embeddings: int, embedding_dim: int, *, bits: int, group_size: int, symmetric: bool = True) -> None:
-        super().__init__(num_embeddings, embedding_dim, bits=bits, group_size=group_size, symmetric=symmetric)
+    def __init__(self, num_embeddings: int, embedding_dim: int, *, bits: int, group_size: int) -> None:
+        super().__init__(num_embeddings, embedding_dim, bits=bits, group_size=group_size, symmetric=True)
         self.num_embeddings, self.embedding_dim = num_embeddings, embedding_dim
 
     @classmethod
@@ -139,7 +138,7 @@ class PackedEmbedding(_Packed):
     @classmethod
     def from_form(cls, replaced: nn.Module, form: dict[str, Any]) -> "PackedEmbedding":
         v, d = replaced.weight.shape  # type: ignore[union-attr,misc]
-        return cls(v, d, bits=form["bits"], group_size=form["group_size"], symmetric=form["symmetric"])  # type: ignore[arg-type]
+        return cls(v, d, bits=form["bits"], group_size=form["group_size"])  # type: ignore[arg-type]
 
     def form(self) -> dict[str, Any]:
         return super().form() | {"form": "packed_embedding"}
@@ -148,4 +147,4 @@ class PackedEmbedding(_Packed):
         rows = ids.reshape(-1)
         codes = tiles.unpack(self.weight_packed[rows], self.bits, self.embedding_dim)
         out = tiles.from_codes(codes, self.weight_scale[rows], group_size=self.group_size)
-        return out.view(*ids.shape, -1).to(self.weight_scale.dtype)
+        return out.view(*ids.shape, self.embedding_dim).to(self.weight_scale.dtype)

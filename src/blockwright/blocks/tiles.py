@@ -17,29 +17,29 @@ TINY = 1e-8  # the smallest step of an asymmetric grid
 
 
 def num_groups(k: int, group_size: int) -> int:
-    """Groups in a row of k inputs. Raises BlockwrightError if group_size is 0 or below -1."""
+    """Groups in a row of k inputs; 0 for an empty row. Raises BlockwrightError if group_size is 0 or below -1."""
     if group_size == 0 or group_size < -1:
         raise BlockwrightError(
             f"group_size={group_size}",
             allowed="a positive number of inputs, or -1 for the whole row",
             do=f"For a matrix of {k} inputs try group_size=64",
         )
-    return 1 if group_size == -1 else -(-k // group_size)
+    return min(k, 1) if group_size == -1 else -(-k // group_size)
 
 
 def grouped(w_NK: Float[Tensor, "N K"], group_size: int, fill: float = 0.0) -> Float[Tensor, "N G g"]:
     """Rows cut into groups, the last one padded with `fill`."""
     n, k = w_NK.shape
-    g = k if group_size == -1 else group_size
+    g = k if group_size == -1 else min(group_size, k)
     count = num_groups(k, group_size)
     if count * g != k:
         w_NK = torch.nn.functional.pad(w_NK, (0, count * g - k), value=fill)
-    return w_NK.reshape(n, count, g)
+    return w_NK.reshape(n, count, max(g, 1))
 
 
 def spread(s_NG: Float[Tensor, "N G"] | Int[Tensor, "N G"], group_size: int, k: int) -> Tensor:
     """One value a group -> one a column: [N, G] -> [N, K] (or a shape that broadcasts to it)."""
-    if s_NG.shape[1] == 1:
+    if s_NG.shape[1] == 1 or group_size == -1:
         return s_NG
     return s_NG.repeat_interleave(group_size, dim=1)[:, :k]
 
@@ -67,21 +67,23 @@ def asymmetric_grid(
 ) -> tuple[Float[Tensor, "N G"], Int8[Tensor, "N G"]]:
     """Step (rounded to `dtype`) and integer zero point of a min/max grid that holds 0.
 
-    s = (max(w, 0) - min(w, 0)) / (2**bits - 1), at least 1e-8; zero = round(-min / s), stored minus 2**(bits-1).
+    s = (max(w, 0) - min(w, 0)) / (2**bits - 1), at least 1e-8 (6e-8 in fp16, its smallest number); zero = round(-min / s), stored
+    minus 2**(bits-1).
     Raises BlockwrightError if a weight is not finite, or a step overflows or vanishes in `dtype`.
     """
     groups = grouped(_finite(w_NK), group_size)
     low, high = groups.amin(-1).clamp(max=0), groups.amax(-1).clamp(min=0)
     levels = 2**bits - 1
-    scale = _stored(((high - low) / levels).clamp(min=TINY), dtype)
+    kind = torch.finfo(dtype)
+    scale = _stored(((high - low) / levels).clamp(min=max(TINY, kind.tiny * kind.eps)), dtype)
     zero = torch.round(-low / scale.float()).clamp(0, levels) - 2 ** (bits - 1)
     return scale, zero.to(torch.int8)
 
 
 def to_codes(
     w_NK: Float[Tensor, "N K"],
-    scale_NG: Float[Tensor, "N G"],
-    zero_NG: Int8[Tensor, "N G"] | None = None,
+    scale_NG: Float[Tensor, "#N G"],
+    zero_NG: Int8[Tensor, "#N G"] | None = None,
     *,
     bits: int,
     group_size: int = -1,
@@ -96,8 +98,8 @@ def to_codes(
 
 def from_codes(
     codes_NK: Int8[Tensor, "N K"],
-    scale_NG: Float[Tensor, "N G"],
-    zero_NG: Int8[Tensor, "N G"] | None = None,
+    scale_NG: Float[Tensor, "#N G"],
+    zero_NG: Int8[Tensor, "#N G"] | None = None,
     *,
     group_size: int = -1,
 ) -> Float[Tensor, "N K"]:
@@ -119,29 +121,35 @@ def pack(codes_NK: Int8[Tensor, "N K"], bits: int) -> Int32[Tensor, "N P"]:
     if bits == 8:
         stream = unsigned
     elif bits == 4:
-        pairs = torch.nn.functional.pad(unsigned, (0, k % 2)).view(n, -1, 2)
+        pairs = torch.nn.functional.pad(unsigned, (0, k % 2)).view(n, (k + 1) // 2, 2)
         stream = pairs[..., 0] | (pairs[..., 1] << 4)
     else:
         places = torch.arange(bits, dtype=torch.uint8, device=codes_NK.device)
         ones = (unsigned.unsqueeze(-1) >> places) & 1  # [N, K, bits], least bit first
-        ones = torch.nn.functional.pad(ones.reshape(n, -1), (0, -(k * bits) % 8)).view(n, -1, 8)
+        ones = torch.nn.functional.pad(ones.flatten(1), (0, -(k * bits) % 8)).unflatten(1, (-(-k * bits // 8), 8))
         weights = 2 ** torch.arange(8, dtype=torch.uint8, device=codes_NK.device)
         stream = (ones * weights).sum(-1, dtype=torch.uint8)
     words = -(-k * bits // 32)
-    return torch.nn.functional.pad(stream, (0, words * 4 - stream.shape[1])).contiguous().view(torch.int32)
+    return torch.nn.functional.pad(stream, (0, words * 4 - stream.shape[1])).flatten().view(torch.int32).view(n, words)
 
 
 def unpack(packed_NP: Int32[Tensor, "N P"], bits: int, k: int) -> Int8[Tensor, "N K"]:
-    """The codes that `pack` packed; k is the number of columns."""
-    n = packed_NP.shape[0]
-    stream = packed_NP.contiguous().view(torch.uint8).view(n, -1)
+    """The codes that `pack` packed; k is the number of columns. Raises BlockwrightError where the words are not as many as that takes."""
+    n, words = packed_NP.shape
+    if words != -(-k * bits // 32):
+        raise BlockwrightError(
+            f"packed weights: {words} words a row",
+            allowed=f"{-(-k * bits // 32)} words for {k} columns of {bits} bits",
+            do="Check bits and the shape that belong to these weights",
+        )
+    stream = packed_NP.contiguous().view(torch.uint8)
     if bits == 8:
         unsigned = stream
     elif bits == 4:
-        unsigned = torch.stack([stream & 15, stream >> 4], dim=-1).view(n, -1)
+        unsigned = torch.stack([stream & 15, stream >> 4], dim=-1).flatten(1)
     else:
         places = torch.arange(8, dtype=torch.uint8, device=stream.device)
-        ones = ((stream.unsqueeze(-1) >> places) & 1).view(n, -1)[:, : k * bits].reshape(n, k, bits)
+        ones = ((stream.unsqueeze(-1) >> places) & 1).flatten(1)[:, : k * bits].reshape(n, k, bits)
         weights = 2 ** torch.arange(bits, dtype=torch.uint8, device=stream.device)
         unsigned = (ones * weights).sum(-1, dtype=torch.uint8)
     return (unsigned[:, :k].to(torch.int16) - 2 ** (bits - 1)).to(torch.int8)
@@ -150,7 +158,8 @@ def unpack(packed_NP: Int32[Tensor, "N P"], bits: int, k: int) -> Int8[Tensor, "
 def row_mask(score_NK: Float[Tensor, "N K"], sparsity: float) -> Bool[Tensor, "N K"]:
     """True where kept: each row loses its floor(K * sparsity) lowest scores (ties: the first go first)."""
     keep = torch.ones_like(score_NK, dtype=torch.bool)
-    lowest = score_NK.argsort(dim=1, stable=True)[:, : int(score_NK.shape[1] * sparsity)]
+    drop = int(score_NK.shape[1] * sparsity + 1e-9)  # 100 * 0.29 is 28.999999999999996
+    lowest = score_NK.argsort(dim=1, stable=True)[:, :drop]
     return keep.scatter_(1, lowest, False)
 
 
@@ -160,11 +169,11 @@ def n_m_mask(score_NK: Float[Tensor, "N K"], n: int, m: int) -> Bool[Tensor, "N 
     Raises BlockwrightError where m does not divide K, or n is not in 0..m.
     """
     rows, k = score_NK.shape
-    if k % m or not 0 <= n <= m:
+    if m < 1 or k % m or not 0 <= n <= m:
         raise BlockwrightError(
             f"{n}:{m} sparsity on {k} inputs", allowed="n <= m, and in_features divisible by m", do="Use another pattern, or ignore this layer"
         )
-    return row_mask(score_NK.reshape(-1, m), (m - n) / m + 1e-9).view(rows, k)
+    return row_mask(score_NK.reshape(-1, m), (m - n) / m).view(rows, k)
 
 
 def _finite(w_NK: Tensor) -> Tensor:

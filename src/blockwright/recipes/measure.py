@@ -74,7 +74,7 @@ def _use(job: dict[str, Any]) -> dict[str, Any]:
 
     from blockwright.recipes.load import load
 
-    before = _high_water()
+    before = meter.high_water()
     model = load(Path(job["folder"]), dtype=torch.bfloat16)
     tokenizer = AutoTokenizer.from_pretrained(job["folder"])
     samples = [_continue(model, tokenizer, prompt, job["new_tokens"]) for prompt in job["prompts"]]
@@ -85,7 +85,7 @@ def _use(job: dict[str, Any]) -> dict[str, Any]:
         model.generate(ids, max_new_tokens=steps, min_new_tokens=steps, do_sample=False, pad_token_id=0)
 
     seconds = meter.time(decode, repeats=job["repeats"], warmup=1).median
-    return {"tokens_per_second": steps / seconds, "peak_memory": _high_water() - before, "samples": samples}
+    return {"tokens_per_second": steps / seconds, "peak_memory": meter.high_water() - before, "samples": samples}
 
 
 def _continue(model: Any, tokenizer: Any, prompt: str, new_tokens: int) -> str:
@@ -96,14 +96,6 @@ def _continue(model: Any, tokenizer: Any, prompt: str, new_tokens: int) -> str:
     ids = tokenizer(text, return_tensors="pt", add_special_tokens=not tokenizer.chat_template).input_ids
     out = model.generate(ids, max_new_tokens=new_tokens, do_sample=False, pad_token_id=tokenizer.eos_token_id or 0)
     return str(tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True))
-
-
-def _high_water() -> int:
-    """Peak resident bytes of this process so far."""
-    import resource
-
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 if __name__ == "__main__":

@@ -1,0 +1,197 @@
+"""The only way anything here is measured: time, memory, FLOPs, file bytes, and how well a language model predicts a text.
+
+Importing this module does not import torch.
+"""
+
+import gc
+import math
+import statistics
+import subprocess
+import sys
+import tempfile
+import time as clock
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+
+class Spread(NamedTuple):
+    """A repeated measurement: median and quartiles, in the unit of what was measured."""
+
+    median: float
+    low: float
+    high: float
+
+
+def spread(values: Sequence[float]) -> Spread:
+    """Median and quartiles of some measurements."""
+    if len(values) == 1:
+        return Spread(values[0], values[0], values[0])
+    low, _, high = statistics.quantiles(values, n=4, method="inclusive")
+    return Spread(statistics.median(values), low, high)
+
+
+def time(fn: Callable[[], Any], *, repeats: int = 7, warmup: int = 2) -> Spread:
+    """Seconds that a call takes, on the device it runs on."""
+    for _ in range(warmup):
+        fn()
+    return spread([_seconds(fn) for _ in range(repeats)])
+
+
+def ratio(slow: Callable[[], Any], fast: Callable[[], Any], *, repeats: int = 7, warmup: int = 2) -> Spread:
+    """How many times longer `slow` takes than `fast`, in interleaved pairs so that a busy machine burdens both alike."""
+    for _ in range(warmup):
+        slow()
+        fast()
+    return spread([_seconds(slow) / _seconds(fast) for _ in range(repeats)])
+
+
+def _seconds(fn: Callable[[], Any]) -> float:
+    _synchronize()
+    start = clock.perf_counter()
+    fn()
+    _synchronize()
+    return clock.perf_counter() - start
+
+
+def _synchronize() -> None:
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def saved_bytes(fn: Callable[[], Any], *, ignore: Sequence["Tensor"] = ()) -> int:
+    """Bytes that autograd keeps for the backward of what `fn` computes: each storage once, those of `ignore` (parameters) not at all."""
+    import torch
+
+    skipped = {t.untyped_storage().data_ptr() for t in ignore}
+    seen: dict[int, int] = {}
+    alive: list[Any] = []  # keeps storages from being freed and their addresses from being used again while we count
+
+    def pack(t: "Tensor") -> "Tensor":
+        storage = t.untyped_storage()
+        if storage.data_ptr() not in skipped:
+            seen[storage.data_ptr()] = storage.nbytes()
+            alive.append(storage)
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        result = fn()
+    del result
+    return sum(seen.values())
+
+
+def peak_cuda(fn: Callable[[], Any]) -> int:
+    """Peak bytes that the CUDA allocator held during a call, above what it held before."""
+    import torch
+
+    gc.collect()
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    fn()
+    torch.cuda.synchronize()
+    return int(torch.cuda.max_memory_allocated() - before)
+
+
+_REPORTS_ITS_PEAK = """
+import runpy, sys
+from blockwright import meter
+report, module, sys.argv[1:] = sys.argv[1], sys.argv[2], sys.argv[3:]
+try:
+    runpy.run_module(module, run_name="__main__", alter_sys=True)
+finally:
+    open(report, "w").write(str(meter.high_water()))
+"""
+
+
+def peak_rss(module: str, *arguments: str, env: dict[str, str] | None = None) -> int:
+    """Peak resident bytes of `python -m module arguments`, run as a child, itself only.
+
+    Raises CalledProcessError, with what the child said, when it fails.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        report = Path(folder) / "peak"
+        command = [sys.executable, "-c", _REPORTS_ITS_PEAK, str(report), module, *arguments]
+        subprocess.run(command, env=env, capture_output=True, text=True, check=True)
+        return int(report.read_text())
+
+
+def high_water() -> int:
+    """Peak resident bytes of this process so far (VmHWM)."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+        return int(line.split()[1]) * 1024
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def flops(fn: Callable[[], Any]) -> int:
+    """Floating-point operations of the matrix multiplications, convolutions and attentions in a call (a multiply-add is two)."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with FlopCounterMode(display=False) as counter:
+        fn()
+    return int(counter.get_total_flops())
+
+
+def file_bytes(path: Path) -> int:
+    """Bytes of a file, or of all files below a folder."""
+    return path.stat().st_size if path.is_file() else sum(p.stat().st_size for p in path.rglob("*") if p.is_file())
+
+
+class Quality:
+    """How well a model predicts a text, and how close it is to the dense model: running sums over windows.
+
+    Every window of T tokens gives T-1 predictions; means are over predictions (token-weighted).
+    """
+
+    def __init__(self) -> None:
+        self.nll = self.kl = 0.0
+        self.agree = self.tokens = self.compared = 0
+
+    def add(self, logits: "Tensor", ids: "Tensor", dense_logits: "Tensor | None" = None) -> None:
+        """logits [n, T, V], ids [n, T], and the dense model's logits for the same ids. One window at a time in fp32."""
+        import torch
+
+        for i in range(len(ids)):
+            log_p = torch.log_softmax(logits[i, :-1].float(), -1)
+            targets = ids[i, 1:].to(log_p.device)
+            self.nll -= log_p.gather(-1, targets[:, None]).double().sum().item()
+            self.tokens += len(targets)
+            if dense_logits is not None:
+                log_q = torch.log_softmax(dense_logits[i, :-1].float(), -1)
+                self.agree += int((log_p.argmax(-1) == log_q.argmax(-1)).sum())
+                self.kl += float(log_q.exp().mul_(log_q - log_p).sum(-1).double().sum())  # sum of q (log q - log p)
+                self.compared += len(targets)
+
+    def result(self) -> dict[str, float]:
+        """perplexity, nll (nats a token), tokens; and, where compared, kl (dense || model, nats a token) and top1 (agreement, 0..1)."""
+        nll = self.nll / self.tokens
+        out = {"perplexity": math.exp(nll), "nll": nll, "tokens": float(self.tokens)}
+        if self.compared:
+            out |= {"kl": max(self.kl / self.compared, 0.0), "top1": self.agree / self.compared}
+        return out
+
+
+def quality(model: "nn.Module", ids: "Tensor", *, dense: "nn.Module | None" = None, batch: int = 4) -> dict[str, float]:
+    """`Quality` of a model in memory on windows ids [n, T]; with `dense`, also how close the two are."""
+    import torch
+
+    out = Quality()
+    with torch.no_grad():
+        for start in range(0, len(ids), batch):
+            rows = ids[start : start + batch]
+            other = None if dense is None else dense(rows, use_cache=False).logits
+            out.add(model(rows, use_cache=False).logits, rows, other)
+    return out.result()
+
+
+def perplexity(model: "nn.Module", ids: "Tensor", *, batch: int = 4) -> float:
+    """exp of the token-weighted mean negative log-likelihood over windows ids [n, T]."""
+    return quality(model, ids, batch=batch)["perplexity"]

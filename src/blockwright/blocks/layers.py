@@ -21,7 +21,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrained
 from transformers.pytorch_utils import Conv1D
 
 from blockwright.blocks.packed import PackedEmbedding, PackedLinear
-from blockwright.blocks.parameters import Tensors
+from blockwright.blocks.parameters import Place, Tensors
 from blockwright.errors import BlockwrightError
 
 Form = dict[str, Any]  # JSON: {"form": "packed", "bits": 4, ...}: how to rebuild a module without its weights
@@ -265,22 +265,22 @@ def fill(
     wanted = {
         prefix + name: name for name, t in [*module.named_parameters(remove_duplicate=False), *module.named_buffers()] if t.is_meta
     }
-    present = {full: name for full, name in wanted.items() if full in tensors}
-    values = tensors.read(present)
-    converted: dict[int, Tensor | nn.Parameter] = {}
-    for full, name in present.items():
-        value = values[full]
-        if id(value) not in converted:
-            converted[id(value)] = nn.Parameter(_ready(full, value, device, dtype), requires_grad=False)
-        owner, _, last = name.rpartition(".")
-        holder = module.get_submodule(owner)
-        ready = converted[id(value)]
-        if last in holder._parameters:
-            holder._parameters[last] = cast(nn.Parameter, ready)
-        else:
-            holder._buffers[last] = ready.data
-    for missing in wanted.keys() - present.keys():
+    for missing in wanted.keys() - tensors.keys():
         raise BlockwrightError(f"tensor {missing}: not in the model's files", do="Copy the model folder again, whole")
+    filled: dict[Place, nn.Parameter] = {}
+    names = list(wanted)
+    for start in range(0, len(names), 16):  # a few at a time: what is read and what is kept may differ in dtype
+        values = tensors.read(names[start : start + 16])
+        for full, value in values.items():
+            place = tensors[full]
+            if place not in filled:
+                filled[place] = nn.Parameter(_ready(full, value, device, dtype), requires_grad=False)
+            owner, _, last = wanted[full].rpartition(".")
+            holder = module.get_submodule(owner)
+            if last in holder._parameters:
+                holder._parameters[last] = filled[place]
+            else:
+                holder._buffers[last] = filled[place].data
 
 
 def _ready(name: str, value: Tensor, device: str | torch.device, dtype: torch.dtype | None) -> Tensor:

@@ -62,3 +62,8 @@ def finequant(
 
 def accelerate(model: nn.Module) -> nn.Module:
     return model
+
+
+def plan(*, block_parameters: int, tokens: int, **options: Any) -> dict[str, Any]:
+    group = options["group_size"]
+    return {"copies": 3, "passes": 0, "bits": options["bits"] + (0 if group == -1 else 16 / group)}

@@ -13,25 +13,26 @@ from blockwright.recipes import export
 
 
 def load(
-    folder: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.bfloat16, fast: bool = True
+    folder: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.bfloat16, fast: bool = True, check: bool = True
 ) -> PreTrainedModel:
     """The model of a folder, in eval mode, ready to generate.
 
     dtype : of everything that is not packed. fast : packed linears run on the fastest kernel of the device (else: dequantise, multiply).
-    Raises BlockwrightError when a file is missing, damaged, changed since it was written, or of a newer format.
+    check : compare every file with the folder's manifest first. Raises BlockwrightError when a file is missing, damaged, changed since it was written, or of a newer format.
     """
     folder = Path(folder)
     folders.settle(folder)
-    blueprint = open_folder(folder)
+    blueprint = open_folder(folder, check=check)
     model = blueprint.build(device=device, dtype=dtype)
     if fast and blueprint.forms:
         finequant.accelerate(model)
     return model
 
 
-def open_folder(folder: Path) -> Blueprint:
-    """The blueprint of a folder: one of ours (checked against its manifest) or a plain dense one."""
+def open_folder(folder: Path, *, check: bool = True) -> Blueprint:
+    """The blueprint of a folder: one of ours (with `check`, compared with its manifest) or a plain dense one."""
     if (folder / "blockwright.json").is_file():
-        folders.verify(folder)
+        if check:
+            folders.verify(folder)
         return export.read(folder)
     return Blueprint.of_folder(folder)

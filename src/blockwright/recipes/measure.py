@@ -33,6 +33,10 @@ class Judge:
         stream = self.stream if same else Stream(model, self.ids, batch=self.batch)
         hidden = self.hidden if same else stream.final_hidden(model)
         quality = meter.Quality()
+        if same:
+            for rows, logits in stream.logits(model, hidden):
+                quality.add(logits, self.ids[rows])
+            return quality.result()
         pairs = zip(stream.logits(model, hidden), self.stream.logits(self.dense, self.hidden), strict=True)
         for (rows, logits), (_, dense_logits) in pairs:
             quality.add(logits, self.ids[rows], dense_logits)
@@ -75,7 +79,7 @@ def _use(job: dict[str, Any]) -> dict[str, Any]:
     from blockwright.recipes.load import load
 
     before = meter.high_water()
-    model = load(Path(job["folder"]), dtype=torch.bfloat16)
+    model = load(job["folder"], check=False)
     tokenizer = AutoTokenizer.from_pretrained(job["folder"])
     samples = [_continue(model, tokenizer, prompt, job["new_tokens"]) for prompt in job["prompts"]]
     ids = tokenizer("The", return_tensors="pt").input_ids

@@ -11,9 +11,5 @@ class BlockwrightError(Exception):
 
     def __init__(self, what: str, *, allowed: str | None = None, do: str | None = None) -> None:
         self.what, self.allowed, self.do = what, allowed, do
-        parts = [what.rstrip(".") + "."]
-        if allowed:
-            parts.append(f"Allowed: {allowed.rstrip('.')}.")
-        if do:
-            parts.append(do.rstrip(".") + ".")
-        super().__init__(" ".join(parts))
+        sentences = [what, f"Allowed: {allowed}" if allowed else "", do or ""]
+        super().__init__(" ".join(s if s.endswith((".", "?")) else s + "." for s in sentences if s))

@@ -39,3 +39,9 @@ def __getattr__(name: str) -> Any:
     if found is None:
         raise AttributeError(f"module 'blockwright' has no attribute {name!r}")
     return found.load()
+
+
+def __dir__() -> list[str]:
+    import importlib
+
+    return [*__all__, *(m.name for m in importlib.import_module("blockwright.registry").methods().values())]

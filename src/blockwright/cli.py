@@ -1,11 +1,16 @@
-"""The command line: thin, and quick to answer. Exit codes: 0 good, 1 target missed, 2 wrong input, 70 our bug, 130 interrupted."""
+"""The command line: thin, and quick to answer. Exit codes: 0 good, 1 target missed, 2 wrong input, 70 our bug, 130 interrupted.
+
+`run` and `reproduce` do their work in a child process, so that the parent, which never imports torch, can answer Ctrl-C at once.
+"""
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
 import tempfile
+import time
 import traceback
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,8 +19,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-import blockwright.registry as registry
-from blockwright import __version__
+from blockwright import __version__, registry
 from blockwright.errors import BlockwrightError
 
 app = typer.Typer(
@@ -25,8 +29,9 @@ app = typer.Typer(
     help="Efficient deep learning, block by block: a model in, a cheaper one out.",
 )
 console = Console()
-CHILD = "BLOCKWRIGHT_CHILD"  # set in the process that does the work of a long command
+CHILD = "BLOCKWRIGHT_CHILD"  # in the process that does the work: the end of a pipe whose other end the parent holds
 MISSED, MISTAKE, BUG, INTERRUPTED = 1, 2, 70, 130
+PATIENCE = 0.6  # seconds that a child has to tidy up after Ctrl-C
 
 
 @app.command("list")
@@ -38,10 +43,14 @@ def list_methods(
     """The methods by room: what each buys, its claim, its last measured value."""
     if room is not None and room not in registry.ROOMS:
         raise BlockwrightError(f"room {room!r}: unknown", allowed=", ".join(registry.ROOMS), do=registry.nearest(room, registry.ROOMS))
-    found = [m for m in registry.methods().values() if room in (None, m.card["room"])]
+    built = registry.methods()
+    found = [m for m in built.values() if room in (None, m.card["room"])]
+    planned = {slug: p for slug, p in registry.roadmap().items() if slug not in built and room in (None, p["room"])}
     if as_json:
         keys = ("slug", "room", "kind", "title", "arxiv", "summary", "claim")
-        rows = [{key: m.card[key] for key in keys} | {"results": registry.results(m.slug)} for m in found]
+        rows = [{key: m.card[key] for key in keys} | {"built": True, "results": registry.results(m.slug)} for m in found]
+        if every:
+            rows += [dict.fromkeys(keys) | {"slug": slug} | p | {"built": False, "results": {}} for slug, p in planned.items()]
         print(json.dumps(rows, indent=1))
         return
     table = Table(box=None, header_style="bold")
@@ -50,30 +59,38 @@ def list_methods(
     for m in found:
         claim = f"{m.card['claim']['figure']} vs {m.card['claim']['against']}"
         table.add_row(m.card["room"], m.slug, m.card["saves"], claim, _measured(m.slug))
-    built = {m.slug for m in registry.methods().values()}
-    for slug, planned in registry.roadmap().items() if every else ():
-        if slug not in built and room in (None, planned["room"]):
-            table.add_row(planned["room"], f"[dim]{slug}[/]", f"[dim]{planned['title']}[/]", "", "[dim]not built yet[/]")
+    for slug, p in planned.items() if every else ():
+        table.add_row(p["room"], f"[dim]{slug}[/]", f"[dim]{p['title']}[/]", "", "[dim]not built yet[/]")
     console.print(table)
+    if planned and not every:
+        console.print(f"\n{len(planned)} more are planned: blockwright list --all", highlight=False)
 
 
 @app.command()
 def show(method: Annotated[str, typer.Argument(help="A slug; see `blockwright list`.")]) -> None:
     """What a method does, when to use it, its options, its claim, its files."""
     m = registry.method(method)
+    claim = m.card["claim"]
     console.print(f"[bold]{m.slug}[/]  {m.card['title']}  (arXiv {m.card['arxiv']})\n", highlight=False)
-    console.print(m.docstring + "\n", markup=False, highlight=False)
-    console.print(m.function + "\n", markup=False, highlight=False)
+    for text in (m.docstring, m.function):
+        console.print(text + "\n", markup=False, highlight=False)
     table = Table(box=None, header_style="bold")
     for column in ("option", "type", "default", "meaning"):
         table.add_column(column)
     for o in m.options:
-        table.add_row(o.name, o.annotation, "required" if o.required else repr(o.default), o.help)
+        table.add_row(*(_plain(cell) for cell in (o.name, o.annotation, "required" if o.required else repr(o.default), o.help)))
     console.print(table)
-    claim = m.card["claim"]
-    console.print(f"\nsaves   {m.card['saves']}\nneeds   {', '.join(m.card['needs']) or 'nothing'}\nwrites  {m.card['writes']}", highlight=False)
-    console.print(f"claim   {claim['figure']}, against {claim['against']} ({claim['where']}); measured here: {_measured(m.slug)}", highlight=False)
-    console.print(f"file    {m.module.replace('.', '/')}.py; claim: blockwright reproduce {m.slug}", highlight=False)
+    facts = {
+        "saves": m.card["saves"],
+        "needs": ", ".join(m.card["needs"]) or "nothing",
+        "writes": m.card["writes"],
+        "claim": f"{claim['figure']}, against {claim['against']} ({claim['where']})",
+        "measured": f"{_measured(m.slug)}; again with: blockwright reproduce {m.slug}",
+        "files": ", ".join(str(path) for path in (m.path, m.claim_path) if path is not None),
+    }
+    console.print()
+    for name, text in facts.items():
+        console.print(f"{name:9}{text}", highlight=False, markup=False, soft_wrap=True)
 
 
 @app.command()
@@ -87,12 +104,10 @@ def run(
     """The main job: a model in, stages, a cheaper model out, with its report."""
     from blockwright.recipes.recipe import load_recipe
 
-    checked = load_recipe(recipe)
-    if out is not None:
-        checked = checked.model_copy(update={"out": out})
-    if CHILD not in os.environ:  # the parent stays light, so that it can answer at once
-        _in_child(["run", *sys.argv[2:]], resume_with=f"blockwright run {recipe} --resume" + (f" --out {out}" if out else ""))
-        return
+    checked = load_recipe(recipe, out=out)
+    if CHILD not in os.environ:
+        again = ["run", str(recipe), *(["--out", str(out)] if out else []), *(["--overwrite"] if overwrite else [])]
+        _in_child(resume_with=None if dry_run else [*again, "--resume"])
     from blockwright.recipes import execute, report
 
     if dry_run:
@@ -101,7 +116,7 @@ def run(
     with _bar() as progress:
         made = execute.execute(checked, resume=resume, overwrite=overwrite, progress=progress)
     console.print(report.table(made))
-    console.print(f"model and report: {checked.out / 'report.html'}", highlight=False, soft_wrap=True)
+    console.print(f"model   {checked.out}\nreport  {checked.out / 'report.html'}", highlight=False, soft_wrap=True)
 
 
 @app.command()
@@ -115,7 +130,7 @@ def inspect(folder: Annotated[Path, typer.Argument(help="A folder that blockwrig
     folders.verify(folder)
     from blockwright.recipes import report
 
-    made = json.loads((folder / "report.json").read_text())
+    made = json.loads((folder / "report.json").read_text(encoding="utf-8"))
     console.print(report.table(made))
     console.print(report.block_table(made))
 
@@ -125,7 +140,7 @@ def reproduce(
     method: Annotated[str | None, typer.Argument(help="A slug; see `blockwright list`.")] = None,
     every: Annotated[bool, typer.Option("--all", help="Every method that can run here.")] = False,
     device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
-    seed: Annotated[int, typer.Option()] = 0,
+    seed: Annotated[int, typer.Option(help="Of every random number.")] = 0,
     out: Annotated[Path | None, typer.Option(help="Where results go; default: results/ of this checkout.")] = None,
 ) -> None:
     """Re-measure a paper's claim at a size this machine can do: claimed, measured, baseline, plot."""
@@ -133,13 +148,27 @@ def reproduce(
         raise BlockwrightError("reproduce: name one method, or --all", do="See `blockwright list`")
     if device not in ("cpu", "cuda"):
         raise BlockwrightError(f"reproduce: device={device!r}", allowed="cpu, cuda")
-    slugs = [registry.method(method).slug] if method else list(registry.methods())
+    slugs = _claims(method, device)
     if CHILD not in os.environ:
-        _in_child(["reproduce", *sys.argv[2:]], resume_with="blockwright reproduce " + " ".join(sys.argv[2:]))
-        return
+        _in_child(resume_with=sys.argv[1:])
     from blockwright.claims import runner
 
     raise typer.Exit(0 if runner.reproduce_all(slugs, device=device, seed=seed, out=out, console=console) else MISSED)
+
+
+@app.command()
+def new(
+    room: Annotated[str, typer.Argument(help="Where the method belongs; see `blockwright list`.")],
+    method: Annotated[str, typer.Argument(help="Its slug: small letters, digits and hyphens.")],
+) -> None:
+    """The files of a new method: the method, its claim, its test. They run as they are; make them yours."""
+    from blockwright import new as new_method
+
+    for path in new_method.create(room, method, Path.cwd()):
+        console.print(str(path), highlight=False, soft_wrap=True)
+    console.print(
+        f"\nNext: blockwright show {method}; pytest tests/{room}/test_{method.replace('-', '_')}.py", highlight=False, soft_wrap=True
+    )
 
 
 @app.command()
@@ -151,56 +180,80 @@ def version() -> None:
 def main() -> None:
     """Entry point: runs the command line and turns errors into exit codes."""
     if CHILD in os.environ:
-        _end_with_parent()
+        _obey_parent()
     try:
-        app(standalone_mode=False)
+        code = app(standalone_mode=False)
     except BlockwrightError as error:
-        print(f"blockwright: {error}", file=sys.stderr)
-        sys.exit(MISTAKE)
-    except typer.Exit as done:
-        sys.exit(done.exit_code)
-    except typer.Abort:
+        sys.exit(_mistake(str(error)))
+    except (typer.Abort, KeyboardInterrupt):
         sys.exit(INTERRUPTED)
+    except BrokenPipeError:  # the reader of our output has gone (`blockwright list | head`)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        sys.exit(0)
     except Exception as error:
-        if type(error).__module__.startswith(("click", "typer")):
-            print(f"blockwright: {getattr(error, 'format_message', lambda: error)()}", file=sys.stderr)
-            sys.exit(MISTAKE)
+        if hasattr(error, "format_message"):  # a wrong command or option: click's and typer's own
+            sys.exit(_mistake(error.format_message()))
         sys.exit(_report_bug())
+    sys.exit(code if isinstance(code, int) else 0)
 
 
-def _in_child(arguments: list[str], *, resume_with: str) -> None:
-    """Run this command in a child process; on Ctrl-C stop it within a second and say how to resume (a second one ends at once)."""
-    child = subprocess.Popen([sys.executable, "-m", "blockwright.cli", *arguments], env=os.environ | {CHILD: str(os.getpid())})
+def _in_child(*, resume_with: list[str] | None) -> None:
+    """Do this command in a child and exit as it does. Ctrl-C ends it within a second and says how to go on; a second one ends at once.
 
-    def stop(number: int, frame: Any) -> None:
-        child.kill()  # whatever is finished is in the journal; nothing else needs saving
-        print(f"\nblockwright: interrupted. Go on with: {resume_with}", file=sys.stderr, flush=True)
+    The child leads a process group of its own. When this process ends, however it ends, a pipe closes and the watchman ends the group.
+    """
+    go_on = f" Go on with: {shlex.join(['blockwright', *resume_with])}" if resume_with else ""
+    end, _ = os.pipe()  # the other end stays open as long as this process lives
+    child = subprocess.Popen(
+        [sys.executable, "-m", "blockwright.cli", *sys.argv[1:]],
+        env=os.environ | {CHILD: str(end)},
+        pass_fds=[end],
+        start_new_session=True,
+    )
+    os.close(end)
+
+    def interrupted(number: int, frame: Any) -> None:
+        signal.signal(signal.SIGINT, lambda *_: os._exit(INTERRUPTED))
+        child.terminate()  # it alone, to tidy up; the watchman ends the rest
+        deadline = time.monotonic() + PATIENCE
+        while time.monotonic() < deadline and child.poll() is None:
+            time.sleep(0.02)
+        print(f"\nblockwright: interrupted.{go_on}", file=sys.stderr, flush=True)
         os._exit(INTERRUPTED)
 
-    signal.signal(signal.SIGINT, stop)
-    signal.signal(signal.SIGTERM, stop)
+    signal.signal(signal.SIGINT, interrupted)
+    signal.signal(signal.SIGTERM, interrupted)
     code = child.wait()
-    if code == -signal.SIGKILL:
-        print(f"blockwright: killed (out of memory?). Go on with: {resume_with}", file=sys.stderr)
-    raise typer.Exit(code if code >= 0 else BUG)
+    if code < 0:
+        why = "memory ran out, or someone ended it" if code == -signal.SIGKILL else signal.Signals(-code).name
+        print(f"blockwright: the work was killed ({why}).{go_on}", file=sys.stderr)
+    sys.exit(code if code >= 0 else 128 - code)
 
 
-def _end_with_parent() -> None:
-    """In the child: leave Ctrl-C to the parent, and end when the parent does, however it ends."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if sys.platform == "linux":
-        import ctypes
+def _obey_parent() -> None:
+    """In the child: tidy up and end on SIGTERM. When the parent is gone, a watchman ends the whole group, also inside a long call."""
 
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-        if os.getppid() != int(os.environ[CHILD]):
-            os._exit(INTERRUPTED)
+    def stop(number: int, frame: Any) -> None:
+        sys.exit(INTERRUPTED)
+
+    signal.signal(signal.SIGTERM, stop)
+    pipe = int(os.environ[CHILD])
+    subprocess.Popen(["/bin/sh", "-c", "read _; kill -KILL 0"], stdin=pipe)  # reads until the parent's end closes
+    os.close(pipe)
+
+
+def _mistake(message: str) -> int:
+    if message:
+        print(f"blockwright: {message}", file=sys.stderr)
+    return MISTAKE
 
 
 def _report_bug() -> int:
     """Write the traceback to a file and say where. Returns the exit code of our own bugs."""
-    with tempfile.NamedTemporaryFile("w", prefix="blockwright-bug-", suffix=".txt", delete=False) as f:
-        f.write(f"blockwright {__version__}, Python {sys.version}\n{' '.join(sys.argv)}\n\n{traceback.format_exc()}")
-    last = traceback.format_exc().strip().splitlines()[-1]
+    trace = traceback.format_exc()
+    with tempfile.NamedTemporaryFile("w", prefix="blockwright-bug-", suffix=".txt", delete=False, encoding="utf-8") as f:
+        f.write(f"blockwright {__version__}, Python {sys.version}\n{shlex.join(sys.argv)}\n\n{trace}")
+    last = trace.strip().splitlines()[-1]
     print(f"blockwright: a bug of ours ({last}). The details are in {f.name}; please report them.", file=sys.stderr)
     return BUG
 
@@ -211,9 +264,8 @@ class _bar:
     def __enter__(self) -> Any:
         from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-        self.bar = Progress(
-            TextColumn("{task.description:<32}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn(), TimeRemainingColumn(), console=console
-        )
+        words = TextColumn("{task.description:<32}")
+        self.bar = Progress(words, BarColumn(), TaskProgressColumn(), TimeElapsedColumn(), TimeRemainingColumn(), console=console)
         self.tasks: dict[str, Any] = {}
         self.bar.start()
         return self
@@ -243,9 +295,22 @@ def _print_plan(plan: dict[str, Any]) -> None:
     )
 
 
+def _claims(method: str | None, device: str) -> list[str]:
+    """The slugs to reproduce: one, or all that have a claim and can run on the device."""
+    if method is not None:
+        slug = method.replace("_", "-")
+        return [slug if slug in registry.other_claims() else registry.method(method).slug]
+    return [m.slug for m in registry.methods().values() if m.claim_path is not None and (device == "cuda" or "gpu" not in m.card["needs"])]
+
+
 def _measured(slug: str) -> str:
-    found = [f"{r['measured']:.3g} {r['unit']} ({device}, {'met' if r['met'] else 'missed'})" for device, r in registry.results(slug).items()]
+    found = [f"{r['measured']:.3g} {r['unit']} ({name}, {'met' if r['met'] else 'missed'})" for name, r in registry.results(slug).items()]
     return ", ".join(found) or "-"
+
+
+def _plain(text: str) -> str:
+    """Text in which rich finds no markup."""
+    return text.replace("[", "\\[")
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ Importing this module does not import torch.
 """
 
 import gc
+import itertools
 import math
 import statistics
 import subprocess
@@ -14,8 +15,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from blockwright.errors import BlockwrightError
+
 if TYPE_CHECKING:
     from torch import Tensor, nn
+
+
+CHUNK = 128  # positions whose logits are compared at a time
 
 
 class Spread(NamedTuple):
@@ -27,7 +33,9 @@ class Spread(NamedTuple):
 
 
 def spread(values: Sequence[float]) -> Spread:
-    """Median and quartiles of some measurements."""
+    """Median and quartiles of some measurements. Raises BlockwrightError where there are none."""
+    if not values:
+        raise BlockwrightError("meter: no measurement", allowed="repeats >= 1")
     if len(values) == 1:
         return Spread(values[0], values[0], values[0])
     low, _, high = statistics.quantiles(values, n=4, method="inclusive")
@@ -64,7 +72,7 @@ def _synchronize() -> None:
 
 
 def saved_bytes(fn: Callable[[], Any], *, ignore: Sequence["Tensor"] = ()) -> int:
-    """Bytes that autograd keeps for the backward of what `fn` computes: each storage once, those of `ignore` (parameters) not at all."""
+    """Bytes that autograd keeps for the backward of what `fn` computes: each storage once, parameters and those of `ignore` not at all."""
     import torch
 
     skipped = {t.untyped_storage().data_ptr() for t in ignore}
@@ -73,10 +81,11 @@ def saved_bytes(fn: Callable[[], Any], *, ignore: Sequence["Tensor"] = ()) -> in
 
     def pack(t: "Tensor") -> "Tensor":
         storage = t.untyped_storage()
-        if storage.data_ptr() not in skipped:
+        owner = t if t._base is None else t._base  # a transposed weight is a view of its parameter
+        if storage.data_ptr() not in skipped and not isinstance(owner, torch.nn.Parameter):
             seen[storage.data_ptr()] = storage.nbytes()
             alive.append(storage)
-        return t
+        return t.detach()  # an output that its own node held as it is would never be freed
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         result = fn()
@@ -102,14 +111,17 @@ import runpy, sys
 from blockwright import meter
 report, module, sys.argv[1:] = sys.argv[1], sys.argv[2], sys.argv[3:]
 try:
-    runpy.run_module(module, run_name="__main__", alter_sys=True)
+    if module == "-c":
+        exec(compile(sys.argv.pop(1), "<string>", "exec"), {"__name__": "__main__"})
+    else:
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
 finally:
     open(report, "w").write(str(meter.high_water()))
 """
 
 
 def peak_rss(module: str, *arguments: str, env: dict[str, str] | None = None) -> int:
-    """Peak resident bytes of `python -m module arguments`, run as a child, itself only.
+    """Peak resident bytes of `python -m module arguments`, run as a child, itself only; `peak_rss("-c", code)` runs code instead.
 
     Raises CalledProcessError, with what the child said, when it fails.
     """
@@ -121,7 +133,7 @@ def peak_rss(module: str, *arguments: str, env: dict[str, str] | None = None) ->
 
 
 def high_water() -> int:
-    """Peak resident bytes of this process so far (VmHWM)."""
+    """Peak resident bytes of this process so far (VmHWM), to about 1 MiB: the kernel counts in batches."""
     status = Path("/proc/self/status")
     if status.exists():
         line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
@@ -141,7 +153,9 @@ def flops(fn: Callable[[], Any]) -> int:
 
 
 def file_bytes(path: Path) -> int:
-    """Bytes of a file, or of all files below a folder."""
+    """Bytes of a file, or of all files below a folder. Raises BlockwrightError where there is neither."""
+    if not path.exists():
+        raise BlockwrightError(f"{path}: no such file or folder", do="Check the path")
     return path.stat().st_size if path.is_file() else sum(p.stat().st_size for p in path.rglob("*") if p.is_file())
 
 
@@ -156,24 +170,42 @@ class Quality:
         self.agree = self.tokens = self.compared = 0
 
     def add(self, logits: "Tensor", ids: "Tensor", dense_logits: "Tensor | None" = None) -> None:
-        """logits [n, T, V], ids [n, T], and the dense model's logits for the same ids. One window at a time in fp32."""
+        """logits [n, T, V] of any float dtype, ids [n, T], and the dense model's logits for the same ids.
+
+        Computed in fp32, summed in fp64. Memory: about four fp32 copies of the logits of CHUNK positions, whatever n and T.
+        Raises BlockwrightError where the shapes do not match.
+        """
         import torch
 
-        for i in range(len(ids)):
-            log_p = torch.log_softmax(logits[i, :-1].float(), -1)
-            targets = ids[i, 1:].to(log_p.device)
+        if logits.shape[:2] != ids.shape or (dense_logits is not None and dense_logits.shape != logits.shape):
+            dense = None if dense_logits is None else tuple(dense_logits.shape)
+            raise BlockwrightError(
+                f"Quality: logits {tuple(logits.shape)}, ids {tuple(ids.shape)}, dense logits {dense}",
+                allowed="[n, T, V], [n, T] and [n, T, V]",
+            )
+        steps = ids.shape[1] - 1
+        for i, start in itertools.product(range(len(ids)), range(0, steps, CHUNK)):
+            rows = slice(start, min(start + CHUNK, steps))
+            log_p = torch.log_softmax(logits[i, rows].float(), -1)
+            targets = ids[i, 1:][rows].to(log_p.device)
             self.nll -= log_p.gather(-1, targets[:, None]).double().sum().item()
             self.tokens += len(targets)
             if dense_logits is not None:
-                log_q = torch.log_softmax(dense_logits[i, :-1].float(), -1)
+                log_q = torch.log_softmax(dense_logits[i, rows].float(), -1)
                 self.agree += int((log_p.argmax(-1) == log_q.argmax(-1)).sum())
                 self.kl += float(log_q.exp().mul_(log_q - log_p).sum(-1).double().sum())  # sum of q (log q - log p)
                 self.compared += len(targets)
 
     def result(self) -> dict[str, float]:
-        """perplexity, nll (nats a token), tokens; and, where compared, kl (dense || model, nats a token) and top1 (agreement, 0..1)."""
+        """perplexity, nll (nats a token), tokens; and, where compared, kl (dense || model, nats a token) and top1 (agreement, 0..1).
+
+        Raises BlockwrightError where nothing was predicted.
+        """
+        if not self.tokens:
+            raise BlockwrightError("Quality: no token was predicted", allowed="windows of 2 tokens or more")
         nll = self.nll / self.tokens
-        out = {"perplexity": math.exp(nll), "nll": nll, "tokens": float(self.tokens)}
+        perplexity = math.inf if nll > 709 else math.exp(nll)  # what fp64 holds
+        out = {"perplexity": perplexity, "nll": nll, "tokens": float(self.tokens)}
         if self.compared:
             out |= {"kl": max(self.kl / self.compared, 0.0), "top1": self.agree / self.compared}
         return out
@@ -190,6 +222,11 @@ def quality(model: "nn.Module", ids: "Tensor", *, dense: "nn.Module | None" = No
             other = None if dense is None else dense(rows, use_cache=False).logits
             out.add(model(rows, use_cache=False).logits, rows, other)
     return out.result()
+
+
+def loss(model: "nn.Module", ids: "Tensor", *, batch: int = 4) -> float:
+    """Token-weighted mean negative log-likelihood, nats a token, over windows ids [n, T]."""
+    return quality(model, ids, batch=batch)["nll"]
 
 
 def perplexity(model: "nn.Module", ids: "Tensor", *, batch: int = 4) -> float:

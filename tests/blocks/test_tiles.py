@@ -38,9 +38,7 @@ def test_a_symmetric_row_by_hand():  # |max| 7.5 gives step 1; 0.5 and 1.5 are t
     codes = tiles.to_codes(w, scale, bits=4, group_size=6)
     assert scale[0].tolist() == pytest.approx([1, 1, 6 / 15])
     assert codes.tolist() == [[-8, 7, 1, 0, 2, 0, 0, 0, 0, 0, 0, 0, 7]]  # 7.5 rounds to 8 and is clamped
-    assert tiles.symmetric_scale(w, bits=4, group_size=6, formula="full").tolist()[0] == pytest.approx(
-        [7.5 / 8, 1, 3 / 8]
-    )
+    assert tiles.symmetric_scale(w, bits=4, group_size=6, formula="full").tolist()[0] == pytest.approx([7.5 / 8, 1, 3 / 8])
 
 
 def test_an_asymmetric_row_by_hand():  # 0..15 and -15..0 use all codes; 5..30 starts at 0; a zero group keeps the floor
@@ -66,11 +64,7 @@ def test_symmetric_scales_and_codes_follow_the_formula(n, k, group, bits, formul
     w = matrix(n, k, seed)
     scale = tiles.symmetric_scale(w, bits=bits, group_size=group, formula=formula)
     codes = tiles.to_codes(w, scale, bits=bits, group_size=group)
-    assert (
-        codes.dtype == torch.int8
-        and codes.shape == w.shape
-        and scale.shape == (n, 1 if group == -1 else math.ceil(k / group))
-    )
+    assert codes.dtype == torch.int8 and codes.shape == w.shape and scale.shape == (n, 1 if group == -1 else math.ceil(k / group))
     for i, g in itertools.product(range(n), range(scale.shape[1])):
         cols = columns_of(g, k, group)
         top = max(abs(w[i, j].item()) for j in cols)
@@ -106,9 +100,7 @@ def test_asymmetric_scales_zeros_and_codes_follow_the_formula(n, k, group, bits,
             exact = min(max(w[i, j].item() / scale[i, g].item(), -z), 2**bits - 1 - z)
             assert abs(codes[i, j].item() + half - z - exact) <= 0.5 + 1e-3
     error = (tiles.from_codes(codes, scale, zero, group_size=group) - w).abs()
-    assert bool(
-        (error <= tiles.spread(scale, group, k) * 1.001).all()
-    )  # half a step, and half for the rounding of the zero point
+    assert bool((error <= tiles.spread(scale, group, k) * 1.001).all())  # half a step, and half for the rounding of the zero point
 
 
 @quick
@@ -154,7 +146,8 @@ def test_reading_codes_agrees_with_compressed_tensors(bits, group):
     assert torch.allclose(tiles.from_codes(codes, scale, zero, group_size=group), by_hand, rtol=1e-6, atol=0)
 
 
-def test_weights_are_quantised_with_the_scale_that_is_stored():  # a bf16 scale is up to 0.4 % off the exact one: at 8 bits that is half a step
+def test_weights_are_quantised_with_the_scale_that_is_stored():
+    # a bf16 scale is up to 0.4 % off the exact one: at 8 bits that is half a step
     w = matrix(64, 256)
     for dtype in (torch.bfloat16, torch.float16):
         scale = tiles.symmetric_scale(w, bits=8, group_size=64, dtype=dtype)
@@ -180,9 +173,7 @@ def test_one_grid_for_a_whole_tensor_broadcasts():
 
 def test_half_weights_are_computed_in_single_and_left_alone():
     half = matrix(3, 20).bfloat16()
-    assert torch.equal(
-        tiles.symmetric_scale(half, bits=4, group_size=8), tiles.symmetric_scale(half.float(), bits=4, group_size=8)
-    )
+    assert torch.equal(tiles.symmetric_scale(half, bits=4, group_size=8), tiles.symmetric_scale(half.float(), bits=4, group_size=8))
     before = half.clone()
     tiles.to_codes(half, tiles.symmetric_scale(half, bits=4, group_size=8), bits=4, group_size=8)
     assert torch.equal(half, before)
@@ -226,13 +217,8 @@ def test_scales_that_do_not_fit_their_type_are_refused():
         assert tiles.symmetric_scale(torch.full((1, 4), value), bits=4, group_size=4, dtype=torch.bfloat16).item() > 0
     with pytest.raises(BlockwrightError, match="does not fit torch.float16"):
         tiles.asymmetric_grid(torch.full((1, 4), 1e7), bits=4, group_size=4, dtype=torch.float16)
-    scale, zero = tiles.asymmetric_grid(
-        torch.zeros(1, 4), bits=4, group_size=4, dtype=torch.float16
-    )  # the floor 1e-8 would be 0 in fp16
-    assert (
-        scale.item() > 0
-        and torch.isfinite(tiles.to_codes(torch.zeros(1, 4), scale, zero, bits=4, group_size=4).float()).all()
-    )
+    scale, zero = tiles.asymmetric_grid(torch.zeros(1, 4), bits=4, group_size=4, dtype=torch.float16)  # the floor 1e-8 would be 0 in fp16
+    assert scale.item() > 0 and torch.isfinite(tiles.to_codes(torch.zeros(1, 4), scale, zero, bits=4, group_size=4).float()).all()
 
 
 @pytest.mark.parametrize("group", [0, -2])
@@ -251,9 +237,7 @@ def test_packed_words_are_those_of_compressed_tensors(n, k, bits, seed):
     codes = torch.from_numpy(np.random.default_rng(seed).integers(-half, half, (n, k), dtype=np.int8))
     packed = tiles.pack(codes, bits)
     assert packed.dtype == torch.int32 and torch.equal(packed, pack_to_int32(codes, bits))
-    assert torch.equal(tiles.unpack(packed, bits, k), codes) and torch.equal(
-        unpack_from_int32(packed, bits, codes.shape), codes
-    )
+    assert torch.equal(tiles.unpack(packed, bits, k), codes) and torch.equal(unpack_from_int32(packed, bits, codes.shape), codes)
     assert torch.equal(tiles.pack(codes.T, bits).T, pack_to_int32(codes, bits, packed_dim=0))
 
 

@@ -106,7 +106,7 @@ def sha256(file: Path) -> str:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 
-def replace_file(path: Path, write: Callable[[Path], None]) -> None:
+def replace_file(path: Path, write: Callable[[Path], object]) -> None:
     """One file, old or new: written aside, synced, renamed."""
     scratch = path.with_name(f".{path.name}.new-{secrets.token_hex(4)}")
     try:

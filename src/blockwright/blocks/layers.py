@@ -1,8 +1,8 @@
 """A model as a chain of blocks: find the chain and its linears by structure, swap modules, rebuild a model from its blueprint.
 
 A `Blueprint` is a model without its weights in memory: the config, the place of every tensor, and the `forms` of modules that are no
-longer what the architecture's own code would build (a packed linear, a linear with an adapter). Structural changes (drop, share) are edits of the
-blueprint; files are never touched.
+longer what the architecture's own code would build (a packed linear, a linear with an adapter). Structural changes (drop, share) are edits
+of the blueprint; files are never touched.
 """
 
 import copy
@@ -39,7 +39,6 @@ class Blueprint:
     forms: Mapping[str, Form] = field(default_factory=dict)
     origin: tuple[int, ...] = ()  # for each block, which block of the dense model it was
 
-
     @classmethod
     def of_folder(cls, folder: Path) -> "Blueprint":
         """A dense model folder as transformers writes it. Raises BlockwrightError where config and weights disagree."""
@@ -59,7 +58,7 @@ class Blueprint:
             raise BlockwrightError(
                 f"model: {type(model).__name__}", allowed="a transformers PreTrainedModel", do="Load it with AutoModelForCausalLM"
             )
-        forms = {name: m.form() for name, m in model.named_modules() if isinstance(m, tuple(FORMS.values()))}
+        forms = {name: m.form() for name, m in model.named_modules() if isinstance(m, tuple(FORMS.values()))}  # type: ignore[attr-defined]
         state = {**dict(model.named_parameters(remove_duplicate=False)), **_persistent_buffers(model)}
         return cls(copy.deepcopy(model.config), Tensors.of_memory(state), forms)
 
@@ -72,7 +71,7 @@ class Blueprint:
 
     def block(self, name: str) -> nn.Module:
         """One block of the skeleton, by its dotted name."""
-        block = copy.deepcopy(_template(type(self.config), self.config.to_json_string()).get_submodule(name))
+        block = copy.deepcopy(_template(type(self.config), self.config.to_json_string()).get_submodule(name))  # type: ignore[arg-type]
         for full, form in self.forms.items():
             if full.startswith(name + "."):
                 inner = full.removeprefix(name + ".")
@@ -165,7 +164,7 @@ def read_config(folder: Path) -> PreTrainedConfig:
 
 def skeleton(config: PreTrainedConfig) -> PreTrainedModel:
     """The model of a config with parameters on meta and real buffers: costs no memory and no initialisation."""
-    return copy.deepcopy(_template(type(config), config.to_json_string()))
+    return copy.deepcopy(_template(type(config), config.to_json_string()))  # type: ignore[arg-type]
 
 
 @lru_cache(maxsize=4)
@@ -262,9 +261,7 @@ def fill(
 
     Raises BlockwrightError naming the tensor that is not finite.
     """
-    wanted = {
-        prefix + name: name for name, t in [*module.named_parameters(remove_duplicate=False), *module.named_buffers()] if t.is_meta
-    }
+    wanted = {prefix + name: name for name, t in [*module.named_parameters(remove_duplicate=False), *module.named_buffers()] if t.is_meta}
     for missing in wanted.keys() - tensors.keys():
         raise BlockwrightError(f"tensor {missing}: not in the model's files", do="Copy the model folder again, whole")
     filled: dict[Place, nn.Parameter] = {}
@@ -296,7 +293,9 @@ def check_finite(value: Tensor, what: str) -> None:
     if value.is_floating_point() and value.numel() and not bool(torch.isfinite(value.abs().max())):
         bad = (~torch.isfinite(value)).nonzero()[0].tolist()
         raise BlockwrightError(
-            f"{what}: {value[tuple(bad)].item()} at {bad}", allowed="finite values", do="Repair or download the model again; nothing was written"
+            f"{what}: {value[tuple(bad)].item()} at {bad}",
+            allowed="finite values",
+            do="Repair or download the model again; nothing was written",
         )
 
 
@@ -309,9 +308,7 @@ def _match(model: PreTrainedModel, tensors: Tensors, folder: Path) -> Tensors:
     """The tensors under the model's own names. Raises BlockwrightError where config.json and the weights disagree."""
     expected = dict(model.named_parameters(remove_duplicate=False)) | _persistent_buffers(model)
     prefix = model.base_model_prefix + "."
-    names = {
-        name: next((n for n in (name, name.removeprefix(prefix), prefix + name) if n in tensors), None) for name in expected
-    }
+    names = {name: next((n for n in (name, name.removeprefix(prefix), prefix + name) if n in tensors), None) for name in expected}
     source: dict[int, str] = {}  # tied weights: one parameter under two names, stored under the first
     for name, found in names.items():
         if found is not None:

@@ -128,7 +128,9 @@ class PackedEmbedding(_Packed):
         self.num_embeddings, self.embedding_dim = num_embeddings, embedding_dim
 
     @classmethod
-    def of(cls, table_VD: Float[Tensor, "V d"], *, bits: int = 8, group_size: int = 64, dtype: torch.dtype = torch.bfloat16) -> "PackedEmbedding":
+    def of(
+        cls, table_VD: Float[Tensor, "V d"], *, bits: int = 8, group_size: int = 64, dtype: torch.dtype = torch.bfloat16
+    ) -> "PackedEmbedding":
         """The packed form of an embedding table, symmetric, scales in `dtype`."""
         new = cls(*table_VD.shape, bits=bits, group_size=group_size)
         scale = tiles.symmetric_scale(table_VD, bits=bits, group_size=group_size, dtype=dtype)

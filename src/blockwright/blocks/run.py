@@ -87,7 +87,9 @@ class Run:
         Raises BlockwrightError without calibration data, or where a value is not finite (tensor and block named).
         """
         if (inputs != "none" or target) and self.calibration is None:
-            raise BlockwrightError(f"{self.stage}: needs calibration text", do="Give `calibration:` in the recipe, or calibration=token_ids")
+            raise BlockwrightError(
+                f"{self.stage}: needs calibration text", do="Give `calibration:` in the recipe, or calibration=token_ids"
+            )
         number, self._passes = self._passes, self._passes + 1
         needs = inputs != "none" or target
         entering, entered = self.model, self.entered
@@ -185,9 +187,7 @@ def stage(fn: F) -> F:
 class _Done:
     """A finished unit: its facts, and, where the block was written, forms and tensors by full name."""
 
-    def __init__(
-        self, facts: Facts, forms: dict[str, layers.Form] | None, places: dict[str, Place], memory: Mapping[str, Tensor]
-    ) -> None:
+    def __init__(self, facts: Facts, forms: dict[str, layers.Form] | None, places: dict[str, Place], memory: Mapping[str, Tensor]) -> None:
         self.facts, self.forms, self.places, self.memory = facts, forms, places, memory
 
 
@@ -262,9 +262,7 @@ def _siblings(model: Blueprint, name: str) -> list[tuple[str, str]]:
     """Modules outside block `name` that hold the very tensors of one inside it: (outside, inside)."""
     inside = {place: n.rpartition(".")[0] for n, place in model.tensors.items() if n.startswith(name + ".")}
     pairs = {
-        (n.rpartition(".")[0], inside[place])
-        for n, place in model.tensors.items()
-        if place in inside and not n.startswith(name + ".")
+        (n.rpartition(".")[0], inside[place]) for n, place in model.tensors.items() if place in inside and not n.startswith(name + ".")
     }
     return sorted(pairs)
 

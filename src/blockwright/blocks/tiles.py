@@ -54,7 +54,8 @@ def symmetric_scale(
 ) -> Float[Tensor, "N G"]:
     """Step of a symmetric grid, rounded to `dtype`; 1 for an all-zero group.
 
-    formula : centred s = 2 max|w| / (2**bits - 1) (MoQE, arXiv 2310.02410), full s = max|w| / 2**(bits-1) (FasterTransformer; +max is clamped).
+    formula : centred s = 2 max|w| / (2**bits - 1) (MoQE, arXiv 2310.02410); full s = max|w| / 2**(bits-1)
+        (FasterTransformer), where +max is clamped.
     Raises BlockwrightError if a weight is not finite, or a step overflows or vanishes in `dtype`.
     """
     top = grouped(_finite(w_NK), group_size).abs().amax(-1)
@@ -171,7 +172,9 @@ def n_m_mask(score_NK: Float[Tensor, "N K"], n: int, m: int) -> Bool[Tensor, "N 
     rows, k = score_NK.shape
     if m < 1 or k % m or not 0 <= n <= m:
         raise BlockwrightError(
-            f"{n}:{m} sparsity on {k} inputs", allowed="n <= m, and in_features divisible by m", do="Use another pattern, or ignore this layer"
+            f"{n}:{m} sparsity on {k} inputs",
+            allowed="n <= m, and in_features divisible by m",
+            do="Use another pattern, or ignore this layer",
         )
     return row_mask(score_NK.reshape(-1, m), (m - n) / m).view(rows, k)
 
@@ -188,6 +191,8 @@ def _stored(scale: Tensor, dtype: torch.dtype) -> Tensor:
     if stored.numel() and not bool((torch.isfinite(stored) & (stored > 0)).all()):
         worst = scale[~(torch.isfinite(stored) & (stored > 0))][0].item()
         raise BlockwrightError(
-            f"a scale of {worst:.3g} does not fit {dtype}", allowed="scales in the range of their dtype", do="Use scale_dtype='bf16' or 'fp32'"
+            f"a scale of {worst:.3g} does not fit {dtype}",
+            allowed="scales in the range of their dtype",
+            do="Use scale_dtype='bf16' or 'fp32'",
         )
     return stored

@@ -1,7 +1,7 @@
 """The main job: a recipe in; a cheaper model folder with its report out.
 
-Everything is checked and estimated first. Then the stages run, journalled per block in `.<out>.work/` beside the output; at the end the folder is
-written aside, measured as written, and committed whole.
+Everything is checked and estimated first. Then the stages run, journalled per block in `.<out>.work/` beside the output; at the end the
+folder is written aside, measured as written, and committed whole.
 """
 
 import dataclasses
@@ -57,7 +57,8 @@ class Job:
 def execute(recipe: Recipe, *, resume: bool = False, overwrite: bool = False, progress: Progress = silent) -> dict[str, Any]:
     """Do what the recipe says. Returns the report (also written into the output folder as report.html and report.json).
 
-    resume : go on where a killed run stopped; the same options, inputs, versions and threads are required. overwrite : replace what `out` holds.
+    resume : go on where a killed run stopped; the same options, inputs, versions and threads are required.
+    overwrite : replace what `out` holds.
     Raises BlockwrightError, before any work, for wrong input and for a job that cannot fit into memory.
     """
     if recipe.threads:
@@ -72,9 +73,7 @@ def execute(recipe: Recipe, *, resume: bool = False, overwrite: bool = False, pr
         made: dict[str, Any] = {}
 
         def write(scratch: Path) -> None:
-            layout = export.write(
-                model, scratch, source=job.source, layout=recipe.export, dtype=DTYPES[recipe.dtype], about=_about(job)
-            )
+            layout = export.write(model, scratch, source=job.source, layout=recipe.export, dtype=DTYPES[recipe.dtype], about=_about(job))
             progress("measuring the result", 0, 1)
             made.update(_report(job, judge, dense, stages, export.read(scratch), scratch, layout, time.perf_counter() - started))
             report.write(made, scratch)
@@ -167,7 +166,9 @@ def find_model(name: str) -> Path:
     if not path.exists():
         near = registry.nearest(name, zoo.MODELS)
         raise BlockwrightError(
-            f"model {name!r}: no such folder", allowed=f"a model folder, a hub id, or one of {', '.join(zoo.MODELS)}", do=near or "Check the path"
+            f"model {name!r}: no such folder",
+            allowed=f"a model folder, a hub id, or one of {', '.join(zoo.MODELS)}",
+            do=near or "Check the path",
         )
     layers.read_config(path)  # says what is wrong with a missing or empty folder
     return path
@@ -338,7 +339,9 @@ def _check_embedding(model: Blueprint) -> None:
     embedding = model.skeleton().get_input_embeddings()
     if type(embedding) is not torch.nn.Embedding:
         raise BlockwrightError(
-            f"embedding: {type(embedding).__name__} cannot be quantised", allowed="a plain nn.Embedding", do="Leave `embedding` out of the recipe"
+            f"embedding: {type(embedding).__name__} cannot be quantised",
+            allowed="a plain nn.Embedding",
+            do="Leave `embedding` out of the recipe",
         )
 
 
@@ -363,7 +366,14 @@ def _about(job: Job) -> dict[str, Any]:
 
 
 def _report(
-    job: Job, judge: Judge, dense: dict[str, Any], stages: list[dict[str, Any]], result: Blueprint, folder: Path, layout: str, seconds: float
+    job: Job,
+    judge: Judge,
+    dense: dict[str, Any],
+    stages: list[dict[str, Any]],
+    result: Blueprint,
+    folder: Path,
+    layout: str,
+    seconds: float,
 ) -> dict[str, Any]:
     recipe, wanted = job.recipe, job.recipe.measure
     numbers = judge.quality(result) if wanted.quality else {}
@@ -485,9 +495,7 @@ def _modules(model: Blueprint, prefix: str) -> dict[str, list[str]]:
     return found
 
 
-def _part(
-    dense: Blueprint, result: Blueprint, name: str, tensors: list[str], after: list[str] | None, owners: set[str]
-) -> dict[str, Any]:
+def _part(dense: Blueprint, result: Blueprint, name: str, tensors: list[str], after: list[str] | None, owners: set[str]) -> dict[str, Any]:
     weights = sum(torch.Size(dense.tensors.facts(t).shape).numel() for t in tensors)
     stored = [t for t in after or [] if t in owners]
     module = (after or [""])[0].rpartition(".")[0]

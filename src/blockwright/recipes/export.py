@@ -20,11 +20,11 @@ from blockwright.blocks.parameters import Facts, Place, Tensors
 from blockwright.errors import BlockwrightError
 
 FORMAT = 1
-OWN_STEM, STANDARD_STEM = "blockwright", "model"  # plain transformers finds no weights in an own-layout folder, so it cannot open it wrongly
+OWN_STEM, STANDARD_STEM = "blockwright", "model"  # plain transformers finds no weights in an own-layout folder: it cannot open it wrongly
 SHARD_BYTES = 256 * 2**20
 SIDE_FILES = (
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "vocab.json", "merges.txt", "tokenizer.model",
-    "added_tokens.json", "generation_config.json", "LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE",
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "vocab.json", "merges.txt",
+    "tokenizer.model", "added_tokens.json", "generation_config.json", "LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE",
 )  # fmt: skip
 
 

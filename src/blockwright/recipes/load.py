@@ -1,7 +1,6 @@
 """`bw.load`: open a folder that blockwright wrote, or a plain model folder, with the fastest kernels this device has."""
 
 from pathlib import Path
-from typing import Literal
 
 import torch
 from transformers import PreTrainedModel
@@ -18,7 +17,8 @@ def load(
     """The model of a folder, in eval mode, ready to generate.
 
     dtype : of everything that is not packed. fast : packed linears run on the fastest kernel of the device (else: dequantise, multiply).
-    check : compare every file with the folder's manifest first. Raises BlockwrightError when a file is missing, damaged, changed since it was written, or of a newer format.
+    check : compare every file with the folder's manifest first.
+    Raises BlockwrightError when a file is missing, damaged, changed since it was written, or of a newer format.
     """
     folder = Path(folder)
     folders.settle(folder)

@@ -2,99 +2,144 @@
 
 import json
 import math
+import re
+from collections import Counter
+from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import jinja2
-import yaml
+from rich.console import Group, RenderableType
 from rich.table import Table
+from rich.text import Text
 
-Report = dict[str, Any]
+Report = dict[str, Any]  # JSON, format 1: what recipes/execute.py gathers. Any value may be null, and any key may be missing
+Number = int | float
 TEMPLATE = Path(__file__).with_name("report.html.j2")
+MISSING = "–"
+
+# Colour says how many bits a weight takes now: the smallest class that holds them. Names of CSS classes and words for the legend.
+BITS = (
+    (2, "b2", "2 bits or less"),
+    (3, "b3", "3 bits"),
+    (4, "b4", "4 bits"),
+    (5, "b5", "5 bits"),
+    (7, "b6", "6 or 7 bits"),
+    (8, "b8", "8 bits"),
+    (15, "b9", "9 to 15 bits"),
+    (math.inf, "b16", "16 bits or more"),
+)
+TEXTURES = {"holes": "zeros (holes: their share)", "shared": "shared, stored elsewhere", "dropped": "dropped"}
+ZEROS = 0.2  # from this share of zeros on a part counts as sparse: rounding to few bits alone leaves up to a sixth
+SLAB = 12  # a block that is larger than a layer is drawn higher, at most this many times as high
+PLOT_WIDTH, PLOT_HEIGHT = 760, 300  # px; labels are placed for this width, the drawing itself stretches
 
 
 def write(report: Report, folder: Path) -> None:
-    """Write report.html and report.json into the folder. The same report gives the same bytes."""
-    (folder / "report.json").write_text(json.dumps(_finite(report), indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    (folder / "report.html").write_text(html(report), encoding="utf-8")
+    """Write report.html and report.json into the folder. The same report gives the same bytes; NaN and infinities become null.
+
+    report : JSON values; what is null or missing shows as a dash. folder : exists already.
+    """
+    text = json.dumps(_finite(report), indent=1, allow_nan=False) + "\n"
+    (folder / "report.json").write_bytes(text.encode("utf-8"))
+    (folder / "report.html").write_bytes(html(report).encode("utf-8", "replace"))
 
 
 def html(report: Report) -> str:
-    """The report as one self-contained page; everything that comes from a model or a recipe is escaped."""
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"size": size, "number": number, "share": share, "ratio": ratio, "duration": duration}
-    template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
-    clean = _finite(report)
-    return template.render(
-        r=clean,
-        picture=_picture(clean["blocks"]),
-        tradeoff=_tradeoff(clean),
-        curves=[(s["name"], name, _curve(values)) for s in clean["stages"] for name, values in (s["curves"] or {}).items() if len(values) > 1],
-        where=_where_bytes_go(clean["blocks"]),
-        options=lambda values: yaml.safe_dump(values, default_flow_style=True, sort_keys=False, width=10**6).strip().strip("{}"),
-        legend=[(name, colour) for name, colour in COLOURS.items() if any(_kind(p) == name for b in clean["blocks"] for p in b["parts"])],
-    )
+    """The report as one self-contained page. Whatever comes from a model, a prompt or a recipe is escaped."""
+    return _template().render(_view(_finite(report)))
 
 
-def table(report: Report) -> Table:
-    """Before and after, for the terminal."""
-    out = Table(title=report["title"], title_style="bold", header_style="bold", box=None)
-    for column in ("", "dense", "now", "ratio"):
-        out.add_column(column, justify="left" if not column else "right")
-    before, now = report["dense"], report["result"]
-    out.add_row("bytes", size(before["bytes"]), size(now["bytes"]), ratio(now["bytes"], before["bytes"]))
-    out.add_row("perplexity", number(before["perplexity"]), number(now["perplexity"]), ratio(now["perplexity"], before["perplexity"]))
-    out.add_row("KL to dense (nats a token)", "0", number(now["kl"]), "")
-    out.add_row("top-1 agreement with dense", "100 %", share(now["top1"]), "")
-    speed = ratio(now["tokens_per_second"], before["tokens_per_second"])
-    out.add_row("decoding (tokens/s)", number(before["tokens_per_second"]), number(now["tokens_per_second"]), speed)
-    out.add_row("peak memory", size(before["peak_memory"]), size(now["peak_memory"]), ratio(now["peak_memory"], before["peak_memory"]))
-    return out
+def table(report: Report) -> RenderableType:
+    """Before and after, and what each stage did, for the terminal."""
+    report = _finite(report)
+    dense, now = report.get("dense") or {}, report.get("result") or {}
+    both = Table(title=_plain(report.get("title") or "Result"), title_style="bold", header_style="bold", box=None)
+    for column in ("", "dense", "now", ""):
+        both.add_column(column, justify="right" if column else "left")
+    for name, key, form, up, down in (
+        ("size", "bytes", size, "larger", "smaller"),
+        ("perplexity", "perplexity", number, "higher", "lower"),
+        ("decoding, tokens/s", "tokens_per_second", speed, "faster", "slower"),
+        ("peak memory", "peak_memory", size, "more", "less"),
+    ):
+        both.add_row(name, *(_plain(v) for v in (form(dense.get(key)), form(now.get(key)), change(now.get(key), dense.get(key), up, down))))
+    both.add_row("same top choice as dense", "", _plain(share(now.get("top1"))), "")
+    both.add_row("KL to dense, nats a token", "", _plain(number(now.get("kl"), 3)), "")
+    stages = _items(report, "stages")
+    if len(stages) < 2:
+        return both
+    each = Table(header_style="bold", box=None)
+    for column in ("after stage", "time", "size", "perplexity", "KL", "top-1"):
+        each.add_column(column, justify="left" if column == "after stage" else "right")
+    for s in stages:
+        quality = number(s.get("perplexity")), number(s.get("kl"), 3), share(s.get("top1"))
+        each.add_row(*map(_plain, (s.get("name"), duration(s.get("seconds")), size(s.get("bytes")), *quality)))
+    return Group(both, "", each)
 
 
-def block_table(report: Report) -> Table:
-    """Every block: what happened to it, its bytes, the error it added."""
+def block_table(report: Report) -> RenderableType:
+    """Every block, for the terminal: what happened to it, its bytes, the error it added."""
     out = Table(header_style="bold", box=None)
     for column in ("block", "treatment", "before", "now", "bits", "zeros", "error"):
         out.add_column(column, justify="left" if column in ("block", "treatment") else "right")
-    for b in report["blocks"]:
-        out.add_row(
-            b["name"], ", ".join(b["treatment"]), size(b["bytes_before"]), size(b["bytes_after"]), number(b["bits"]), share(b["sparsity"]),
-            number(b["error"]),
-        )  # fmt: skip
+    for b in _items(_finite(report), "blocks"):
+        n = _numbers(b)
+        out.add_row(*(_plain(n[key]) for key in ("name", "treatment", "before", "after", "bits", "zeros", "error")))
     return out
 
 
-def size(value: float | None) -> str:
-    """Bytes in decimal units: 113.2 MB."""
+def size(value: Number | None) -> str:
+    """Bytes in decimal units, three digits that matter: 113 MB, 7.08 MB."""
     if value is None:
-        return "-"
-    for unit in ("B", "kB", "MB", "GB"):
-        if value < 1000 or unit == "GB":
-            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
-        value /= 1000
-    raise AssertionError
+        return MISSING
+    units = ["B", "kB", "MB", "GB", "TB"]
+    while abs(value) >= 999.5 and len(units) > 1:
+        value, units = value / 1000, units[1:]
+    return f"{value:.0f} B" if units[0] == "B" else f"{number(float(value), 3)} {units[0]}"
 
 
-def number(value: float | None) -> str:
-    """Four digits that matter."""
+def number(value: Number | None, digits: int = 4) -> str:
+    """As many digits as matter, the zeros among them too: 22.30; all digits before the point, and all of an integer: 1,024."""
     if value is None:
-        return "-"
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+        return MISSING
+    if abs(value) >= 1e15:
+        return f"{value:.{digits}g}"
+    if isinstance(value, int) or value == 0 or abs(value) >= 10**digits - 0.5:
+        return f"{value:,.0f}"
+    return f"{value:#,.{digits}g}".removesuffix(".")
 
 
-def share(value: float | None) -> str:
-    return "-" if value is None else f"{100 * value:.1f} %"
+def speed(value: Number | None) -> str:
+    return number(value, 3)
 
 
-def ratio(now: float | None, before: float | None) -> str:
-    return "-" if now is None or not before else f"{now / before:.2f}x"
+def share(value: Number | None) -> str:
+    """A part of one, in percent."""
+    return MISSING if value is None else f"{100 * value:.1g} %" if 0 < abs(value) < 0.0005 else f"{100 * value:.1f} %"
 
 
-def duration(seconds: float | None) -> str:
+def change(now: Number | None, before: Number | None, more: str, less: str) -> str:
+    """How many times more or less: `2.72x smaller`."""
+    if now is None or before is None or now <= 0 or before <= 0:
+        return MISSING
+    times = number(max(now / before, before / now), 3)
+    return "the same" if times == "1.00" else f"{times}x {more if now > before else less}"
+
+
+def duration(seconds: Number | None) -> str:
     if seconds is None:
-        return "-"
-    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.1f} min"
+        return MISSING
+    if seconds < 9.95:
+        return f"{seconds:.1f} s"
+    return f"{seconds:.0f} s" if seconds < 119.5 else f"{seconds / 60:.1f} min" if seconds < 7170 else f"{seconds / 3600:.1f} h"
+
+
+@cache
+def _template() -> jinja2.Template:
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    return environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
 
 
 def _finite(value: Any) -> Any:
@@ -106,96 +151,401 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-# What a part can be now, and its colour (light enough for dark text, saturated enough on black).
-COLOURS = {
-    "kept": "#9aa5b1", "8 bits": "#4f9cd9", "5-7 bits": "#3fb3a3", "4 bits": "#58b368", "2-3 bits": "#c9b037", "sparse": "#d98c4f", "shared": "#a078d1",
-    "dropped": "#00000000", "other": "#cf6f93",
-}  # fmt: skip
+def _items(thing: Report, key: str) -> list[Any]:
+    """A list of the report without what is null in it."""
+    return [value for value in thing.get(key) or [] if value is not None]
 
 
-def _kind(part: dict[str, Any]) -> str:
-    treatment, bits = part["treatment"], part["bits"]
-    if treatment in ("dropped", "shared"):
-        return str(treatment)
-    if treatment.startswith("int"):
-        stored = int(treatment[3:].split()[0])
-        return "8 bits" if stored == 8 else "5-7 bits" if stored > 4 else "4 bits" if stored == 4 else "2-3 bits"
-    if treatment.endswith("zeros"):
-        return "sparse"
-    return "kept" if treatment in ("", "dense", "kept") or bits is None else "other"
+def _plain(value: Any) -> Text:
+    """Text for a terminal: no markup, no control characters; ASCII where we chose the character."""
+    return Text(re.sub(r"[\x00-\x1f\x7f-\x9f]", " ", "-" if value in (None, MISSING) else str(value)))
 
 
-def _picture(blocks: list[dict[str, Any]]) -> dict[str, Any]:
-    """One row a block: its parts as cells, width by bytes before, filled by bytes now; a bar for the error it added."""
-    widest = max((b["bytes_before"] for b in blocks), default=1) or 1
-    layers = [b["bytes_before"] for b in blocks if b["name"].startswith("layers.")]
-    scale = 700 / max(layers or [widest])
-    worst = max((b["error"] or 0 for b in blocks), default=0) or 1
-    rows = []
-    for b in blocks:
-        x, cells = 0.0, []
-        squeeze = min(1.0, 700 / (b["bytes_before"] * scale or 1))  # an embedding is wider than the page: drawn to the edge
-        for p in (p for p in b["parts"] if p["bytes_before"] >= 0.002 * b["bytes_before"]):
-            width = p["bytes_before"] * scale * squeeze
-            filled = min(1.0, p["bytes_after"] / p["bytes_before"])
-            said = f"{b['name']} {p['name']}: {p['treatment'] or 'kept'}, {size(p['bytes_before'])} -> {size(p['bytes_after'])}"
-            cells.append({"x": round(x, 1), "w": round(max(width - 1, 0.5), 1), "fill": round(max(width - 1, 0.5) * filled, 1),
-                          "colour": COLOURS[_kind(p)], "said": said})  # fmt: skip
-            x += width
-        error = b["error"]
-        rows.append({"name": b["name"], "cells": cells, "squeezed": squeeze < 0.999, "treatment": ", ".join(b["treatment"]),
-                     "error": None if error is None else round(150 * min(error / worst, 1), 1), "error_value": error,
-                     "before": b["bytes_before"], "after": b["bytes_after"]})  # fmt: skip
-    return {"rows": rows, "height": 17 * len(rows) + 6, "any_error": any(r["error"] is not None for r in rows)}
+def _view(r: Report) -> dict[str, Any]:
+    """All that the template shows, as text and coordinates."""
+    blocks = _in_order(_items(r, "blocks"))
+    numbers = [_numbers(b) for b in blocks]
+    dense, now, model, machine = (r.get(key) or {} for key in ("dense", "result", "model", "machine"))
+    part = share(_over(now.get("bytes"), dense.get("bytes")))
+    return {
+        "title": r.get("title") or "Result",
+        "about": _known([model.get("name"), model.get("architecture"), _said("{} parameters", number(model.get("parameters")))]),
+        "opens_with": now.get("opens_with"),
+        "warnings": _items(r, "warnings"),
+        "headline": [
+            _headline("Size", "bytes", size, dense, now, "larger", "smaller", f"{part} of dense"),
+            _headline("Perplexity", "perplexity", number, dense, now, "higher", "lower", "on held-out text; lower is better"),
+            _headline("Tokens per second", "tokens_per_second", speed, dense, now, "faster", "slower", "one sequence at a time"),
+        ],
+        "facts": [
+            ("Same top choice", share(now.get("top1"))),
+            ("KL to dense", _said("{} nats a token", number(now.get("kl"), 3)) or MISSING),
+            ("Peak memory", f"{size(dense.get('peak_memory'))} → {size(now.get('peak_memory'))}"),
+            ("Bits a weight, on average", number(_over(8 * (now.get("bytes") or 0), model.get("parameters")), 3)),
+            ("Made in", duration(r.get("seconds"))),
+        ],
+        "numbers": numbers,
+        "tower": _tower(blocks, numbers),
+        "plot": _plot(r),
+        "rows": _rows(r),
+        "curves": [(s.get("name") or MISSING, found) for s in _items(r, "stages") if (found := _curves(s.get("curves") or {}))],
+        "bytes": _where_bytes_go(blocks),
+        "samples": [_sample(s) for s in _items(r, "samples")],
+        "scripts": _known([r.get("command"), r.get("recipe")]),
+        "repeat": [
+            (name, value)
+            for name, value in (
+                ("seed", r.get("seed")),
+                ("processor", machine.get("cpu")),
+                ("cores", machine.get("cores")),
+                ("threads used", machine.get("threads")),
+                ("memory", machine.get("memory") and size(machine["memory"])),
+                ("model on disk", model.get("source_bytes") and size(model["source_bytes"])),
+                ("model in bf16", model.get("bf16_bytes") and size(model["bf16_bytes"])),
+                ("written to", now.get("folder")),
+                ("layout", now.get("layout")),
+                *(r.get("versions") or {}).items(),
+            )
+            if value is not None
+        ],
+        "format": r.get("format"),
+    }
 
 
-def _tradeoff(r: Report) -> dict[str, Any] | None:
-    """Points of size against perplexity, scaled into a 640 x 300 plot; None with fewer than two points."""
-    points = [{"name": "dense, bf16", "bytes": r["dense"]["bytes"], "perplexity": r["dense"]["perplexity"], "kind": "dense"}]
-    points += [{"name": f"after {s['name']}", "bytes": s["bytes"], "perplexity": s["perplexity"], "kind": "stage"} for s in r["stages"]]
-    points += [{**p, "kind": "reference"} for p in r["reference_points"]]
-    points.append({"name": "result", "bytes": r["result"]["bytes"], "perplexity": r["result"]["perplexity"], "kind": "result"})
-    points = [p for p in points if p["bytes"] and p["perplexity"]]
+def _known(values: list[Any]) -> list[Any]:
+    return [value for value in values if value not in (None, "")]
+
+
+def _said(sentence: str, value: str) -> str:
+    return "" if value == MISSING else sentence.format(value)
+
+
+def _over(value: Number | None, whole: Number | None) -> float | None:
+    return value / whole if value and whole else None
+
+
+def _headline(name: str, key: str, form: Any, dense: Report, now: Report, more: str, less: str, beside: str) -> dict[str, Any]:
+    """One of the three big numbers; bars are percent of the larger of the two."""
+    before, after = dense.get(key), now.get(key)
+    largest = max(before or 0, after or 0)
+    value, _, unit = form(after).partition(" ")
+    times = change(after, before, more, less)
+    return {
+        "name": name,
+        "before": form(before),
+        "value": value,
+        "unit": unit,
+        "change": "" if times == MISSING else times.replace("x ", "× "),
+        "beside": beside,
+        "bars": [round(100 * (v or 0) / largest, 2) if largest > 0 else 0 for v in (before, after)],
+    }
+
+
+def _in_order(blocks: list[Report]) -> list[Report]:
+    """From input to output: embeddings, layers, the rest."""
+
+    def place(block: Report) -> int:
+        name = (block.get("name") or "").lower()
+        return 0 if re.search(r"embed|wte|wpe", name) else 1 if re.search(r"\d$", name) else 2
+
+    return sorted(blocks, key=place)
+
+
+def _treatment(block: Report) -> str:
+    return ", ".join(_items(block, "treatment")) or "kept"
+
+
+def _numbers(b: Report) -> dict[str, Any]:
+    """A block as rows of text: itself, then its parts."""
+
+    def row(name: str, treatment: str, thing: Report) -> dict[str, Any]:
+        return {
+            "name": name,
+            "treatment": treatment,
+            "shape": " × ".join(map(str, _items(thing, "shape"))),
+            "before": size(thing.get("bytes_before")),
+            "after": size(thing.get("bytes_after")),
+            "bits": number(thing.get("bits"), 3),
+            "zeros": share(thing.get("sparsity")),
+            "error": number(thing.get("error"), 3),
+        }
+
+    parts = [row(p.get("name") or MISSING, p.get("treatment") or "kept", p) for p in _items(b, "parts")]
+    return row(b.get("label") or b.get("name") or MISSING, _treatment(b), b) | {"parts": parts}
+
+
+def _bits_class(thing: Report) -> tuple[Number, str, str]:
+    """The colour of a part: the bits that its treatment names (`int4 g64`), else the average bits it stores."""
+    named = re.search(r"\bint(\d+)\b", thing.get("treatment") or "")
+    bits = float(named[1]) if named else thing.get("bits")
+    return BITS[-1] if bits is None else next(c for c in BITS if round(bits) <= c[0])
+
+
+def _texture(treatment: str, sparsity: Number | None) -> str:
+    said = treatment.lower()
+    return "dropped" if "dropped" in said else "shared" if "shared" in said else "holes" if (sparsity or 0) >= ZEROS else ""
+
+
+def _whole(block: Report) -> str:
+    """dropped or shared, where that is all that happened to a block."""
+    looks = {_texture(t, None) for t in _items(block, "treatment")}
+    return looks.pop() if len(looks) == 1 else ""
+
+
+def _tower(blocks: list[Report], numbers: list[dict[str, Any]]) -> dict[str, Any]:
+    """The model as rows of cells, from output (top) to input. Area is bytes before, its solid part bytes now.
+
+    A row is as wide as its block is large beside the largest layer; a block larger than that (an embedding) is as much higher, up to SLAB.
+    Error bars are scaled to the worst block that is still there: one that was dropped may go beyond.
+    """
+    weights = [b.get("bytes_before") or sum(p.get("bytes_before") or 0 for p in _items(b, "parts")) for b in blocks]
+    unit = max([w for w, b in zip(weights, blocks, strict=True) if re.search(r"\d$", b.get("name") or "")] or weights, default=0) or 1
+    height = 26 if len(blocks) <= 8 else 22 if len(blocks) <= 20 else 17 if len(blocks) <= 48 else 13
+    errors = [b.get("error") or 0 for b in blocks if not _whole(b)] or [0]
+    worst = max(errors) or max((b.get("error") or 0 for b in blocks), default=0) or 1
+    rows, seen, heads = [], set(), Counter[tuple[tuple[str, Number], ...]]()
+    for i, (b, w, n) in enumerate(zip(blocks, weights, numbers, strict=True)):
+        whole, stretch = _whole(b), w / unit
+        parts = [(j, p) for j, p in enumerate(_items(b, "parts")) if (p.get("bytes_before") or 0) >= 0.002 * w]
+        cells = [_cell(j, p, whole) for j, p in parts or [(0, b | {"treatment": _treatment(b)})]]
+        seen |= {c["words"] for c in cells}
+        if w == unit:
+            heads[tuple((_short_part(p.get("name") or ""), p.get("bytes_before") or 0) for _, p in parts)] += 1
+        beyond_scale = f"{SLAB} rows high here, {stretch:.0f} to scale" if stretch > SLAB else ""
+        rows.append(
+            {
+                "index": i,
+                "label": _tail(n["name"], 15),
+                "cells": cells,
+                "width": round(max(100 * min(stretch, 1), 0.4), 2),
+                "height": round(height * min(max(stretch, 1), SLAB)),
+                "note": _treatment(b) if whole else beyond_scale,
+                "after": n["after"],
+                "error": "" if n["error"] == MISSING else n["error"],
+                "bar": round(min((b.get("error") or 0) / worst, 1), 3),
+                "beyond": (b.get("error") or 0) > worst,
+            }
+        )
+    columns = heads.most_common(1)[0][0] if heads else ()
+    total = sum(width for _, width in columns) or 1
+    return {
+        "rows": rows[::-1],
+        "columns": [(name if width >= 0.025 * total else "", width) for name, width in columns] if len(columns) > 1 else [],
+        "legend": [(css, words) for _, css, words in BITS[::-1] if words in seen]
+        + [(f"{css} b16", words) for css, words in TEXTURES.items() if words in seen],
+        "errors": any(b.get("error") is not None for b in blocks),
+        "first": max(range(len(blocks)), key=lambda i: (not _whole(blocks[i]), blocks[i].get("error") or 0), default=0),
+    }
+
+
+def _cell(index: int, part: Report, whole: str) -> dict[str, Any]:
+    """A part as a cell; `words` is its line in the legend (a sparse part's colour needs none: it is that of what is not sparse)."""
+    before, after, sparsity = part.get("bytes_before") or 0, part.get("bytes_after") or 0, part.get("sparsity") or 0
+    texture = whole or _texture(part.get("treatment") or "", sparsity)
+    _, colour, words = _bits_class(part)
+    return {
+        "part": index,
+        "weight": before or 1,
+        "css": texture if texture in ("dropped", "shared") else f"{colour} {texture}".strip(),
+        "solid": round(min(100 * after / before, 100), 1) if before else 0,
+        "hole": round(5 * math.sqrt(min(sparsity, 1)), 2),
+        "words": TEXTURES.get(texture, words),
+    }
+
+
+def _short_part(name: str) -> str:
+    return name.rpartition(".")[2].removesuffix("_proj")
+
+
+def _tail(text: str, length: int) -> str:
+    return text if len(text) <= length else "…" + text[1 - length :]
+
+
+def _points(r: Report) -> list[dict[str, Any]]:
+    """What the plot and the table of stages tell of: dense, after each stage, as written, and others to compare with."""
+    dense, now = r.get("dense") or {}, r.get("result") or {}
+    points = [{**dense, "kind": "dense", "mark": "", "name": "dense, bf16"}]
+    points += [{**s, "kind": "stage", "mark": str(i), "name": s.get("name") or MISSING} for i, s in enumerate(_items(r, "stages"), 1)]
+    points.append({**now, "kind": "result", "mark": "", "name": "as written"})
+    return points + [{**p, "kind": "reference", "mark": "", "name": p.get("name") or MISSING} for p in _items(r, "reference_points")]
+
+
+def _rows(r: Report) -> list[dict[str, Any]]:
+    """The table of stages."""
+    return [
+        {
+            "kind": p["kind"],
+            "mark": p["mark"],
+            "name": p["name"],
+            "options": [_option(name, value) for name, value in (p.get("options") or {}).items() if value not in (None, [], {})],
+            "seconds": duration(p.get("seconds")),
+            "bytes": size(p.get("bytes")),
+            "perplexity": number(p.get("perplexity")),
+            "kl": number(p.get("kl"), 3),
+            "top1": share(p.get("top1")),
+        }
+        for p in _points(r)
+    ]
+
+
+def _option(name: str, value: Any) -> str:
+    return f"{name}: {value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)}"
+
+
+def _plot(r: Report) -> dict[str, Any] | None:
+    """Size (from 0) against perplexity (log): x in percent, so that it stretches, y in pixels. None with fewer than two points.
+
+    A reference far above all else is drawn at the upper edge with its value, so that it does not flatten the rest.
+    """
+    points = [p for p in _points(r) if (p.get("bytes") or 0) > 0 and 1e-99 < (p.get("perplexity") or 0) < 1e99]
     if len(points) < 2:
         return None
-    left, right, top, bottom = 70, 620, 20, 250
-    max_bytes = 1.08 * max(p["bytes"] for p in points)
-    low, high = math.log(min(p["perplexity"] for p in points) * 0.96), math.log(max(p["perplexity"] for p in points) * 1.06)
-    for p in points:
-        p["x"] = round(left + (right - left) * p["bytes"] / max_bytes, 1)
-        p["y"] = round(bottom - (bottom - top) * (math.log(p["perplexity"]) - low) / (high - low), 1)
-        p["said"] = f"{p['name']}: {size(p['bytes'])}, perplexity {number(p['perplexity'])}"
-        p["anchor"] = "end" if p["x"] > 480 else "start"
-        p["tx"] = p["x"] - 10 if p["anchor"] == "end" else p["x"] + 10
-    ticks_y = [(round(bottom - (bottom - top) * i / 4, 1), number(math.exp(low + (high - low) * i / 4))) for i in range(5)]
-    ticks_x = [(round(left + (right - left) * i / 4, 1), size(max_bytes * i / 4)) for i in range(5)]
-    return {"points": points, "ticks_x": ticks_x, "ticks_y": ticks_y}
+    widest = 1.06 * max(p["bytes"] for p in points)
+    logs = [math.log(p["perplexity"]) for p in points]
+    edge = max((v for v, p in zip(logs, points, strict=True) if p["kind"] != "reference"), default=math.inf) + math.log(1.4)
+    low, high = min(logs), max(v for v in logs if v <= edge)
+    margin = max(0.12 * (high - low), 0.02)
+    low, high = low - margin, high + margin * (1 if max(logs) <= edge else 2)
 
+    def y(value: Number) -> float:
+        return round(PLOT_HEIGHT * (high - math.log(value)) / (high - low), 1)
 
-def _curve(values: list[float]) -> dict[str, Any]:
-    """A loss curve as the points of a 120 x 40 polyline, from its smallest to its largest value."""
-    low, high = min(values), max(values)
-    spread = (high - low) or 1.0
-    points = " ".join(f"{120 * i / (len(values) - 1):.1f},{38 - 36 * (v - low) / spread:.1f}" for i, v in enumerate(values))
-    return {"points": points, "first": values[0], "last": values[-1]}
-
-
-def _where_bytes_go(blocks: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Bytes before and now by kind of part: attention, MLP, embedding, the rest."""
-    groups: dict[str, list[int]] = {}
-    for b in blocks:
-        for p in b["parts"]:
-            name = p["name"].lower()
-            kind = (
-                "embedding and head" if "embed" in name or "head" in name or "wte" in name
-                else "attention" if "att" in name
-                else "MLP" if "mlp" in name or name.startswith("fc")
-                else "norms and the rest"
-            )  # fmt: skip
-            before, after = groups.setdefault(kind, [0, 0])
-            groups[kind] = [before + p["bytes_before"], after + p["bytes_after"]]
-    total = sum(before for before, _ in groups.values()) or 1
-    return [
-        {"kind": kind, "before": before, "after": after, "w_before": round(100 * before / total, 2), "w_after": round(100 * after / total, 2)}
-        for kind, (before, after) in sorted(groups.items(), key=lambda kv: -kv[1][0])
+    shown = [
+        {
+            "kind": p["kind"],
+            "mark": p["mark"],
+            "x": round(100 * p["bytes"] / widest, 2),
+            "y": y(p["perplexity"]) if v <= edge else 8,
+            "name": p["name"] if v <= edge else f"{p['name']} ↑ {number(p['perplexity'])}",
+            "said": f"{p['name']}: {size(p['bytes'])}, perplexity {number(p['perplexity'])}",
+        }
+        for p, v in zip(points, logs, strict=True)
     ]
+    path = list(pairwise(p for p in shown if p["kind"] != "reference"))
+    floor = next((p["y"] for p in shown if p["kind"] == "dense"), None)
+    _place_labels(shown, path, floor)
+    drawn_last = ("reference", "dense", "stage", "result")
+    return {
+        "points": sorted(shown, key=lambda p: drawn_last.index(p["kind"])),
+        "path": path,
+        "x": [(round(100 * v / widest, 2), re.sub(r"\.0+ ", " ", size(v))) for v in _round_values(0, widest, 6)],
+        "y": [(y(v), f"{v:,g}") for v in _log_values(math.exp(low), math.exp(high))],
+        "floor": floor,
+        "height": PLOT_HEIGHT,
+    }
+
+
+def _place_labels(points: list[dict[str, Any]], path: list[tuple[dict[str, Any], dict[str, Any]]], floor: Number | None) -> None:
+    """Give each point a label beside it that covers nothing, or none: the table below names them all."""
+
+    def around(x: Number, y: Number, reach: Number) -> tuple[Number, Number, Number, Number]:
+        return x * PLOT_WIDTH / 100 - reach, y - reach, x * PLOT_WIDTH / 100 + reach, y + reach
+
+    taken = [around(p["x"], p["y"], 9) for p in points] + ([(0, floor, PLOT_WIDTH, floor)] if floor is not None else [])
+    for a, b in path:
+        taken += [around(a["x"] + (b["x"] - a["x"]) * i / 40, a["y"] + (b["y"] - a["y"]) * i / 40, 1) for i in range(41)]
+    for p in sorted(points, key=lambda p: ("result", "dense", "stage", "reference").index(p["kind"])):
+        label = p["name"] if len(p["name"]) <= 34 else p["name"][:33] + "…"
+        x, y, width = p["x"] * PLOT_WIDTH / 100, p["y"], 7.2 * len(label)
+        p["label"] = ""
+        right, left, middle = x + 14, x - 14 - width, x - width / 2
+        for anchor, dx, dy, start in (
+            ("start", 14, 4, right),
+            ("end", -14, 4, left),
+            ("middle", 0, -14, middle),
+            ("middle", 0, 23, middle),
+        ):
+            box = (start, y + dy - 10, start + width, y + dy + 3)
+            clear = all(box[2] < t[0] or box[0] > t[2] or box[3] < t[1] or box[1] > t[3] for t in taken)
+            if clear and box[0] >= 0 and box[2] <= PLOT_WIDTH and box[1] >= -12 and box[3] <= PLOT_HEIGHT:
+                taken.append(box)
+                p |= {"label": label, "anchor": anchor, "dx": dx, "dy": dy}
+                break
+
+
+def _round_values(low: Number, high: Number, count: int) -> list[Number]:
+    """At most `count` + 1 round values in [low, high], evenly spaced."""
+    rough = (high - low) / count
+    power = 10.0 ** math.floor(math.log10(rough))
+    step = next(m * power for m in (1, 2, 2.5, 5, 10) if m * power >= rough * (1 - 1e-9))
+    return [step * i for i in range(math.ceil(low / step), math.floor(high / step) + 1)]
+
+
+def _log_values(low: Number, high: Number) -> list[Number]:
+    """Round values for a logarithmic axis: 1, 2, 5 times powers of ten where at least three fit."""
+    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    values = [m * 10.0**k for k in powers for m in (1, 2, 5) if low <= m * 10.0**k <= high]
+    if len(values) > 9:
+        values = [10.0**k for k in powers if low <= 10.0**k <= high]
+        values = values[:: -(-len(values) // 9)]
+    return values if len(values) >= 3 else _round_values(low, high, 6)
+
+
+def _curves(curves: dict[str, list[Number | None] | None]) -> list[dict[str, Any]]:
+    """Loss curves, each as the points of a 100 x 40 drawing whose floor is 0, or the smallest value where that is negative."""
+    drawn = []
+    for name, values in curves.items():
+        known = [v for v in values or [] if v is not None]
+        if len(known) < 2:
+            continue
+        run = -(-len(known) // 100)  # long curves as means of runs
+        means = [sum(known[i : i + run]) / len(known[i : i + run]) for i in range(0, len(known), run)]
+        floor, top = min(0.0, *means), max(means)
+        spread = (top - floor) or 1.0
+        points = " ".join(f"{100 * i / max(len(means) - 1, 1):.1f},{39 - 38 * (v - floor) / spread:.2f}" for i, v in enumerate(means))
+        less = f"{100 * (known[-1] / known[0] - 1):+.0f} %".replace("-", "−") if 0 < known[0] >= known[-1] / 10 else ""
+        drawn.append({"name": name, "points": points, "first": number(known[0], 3), "last": number(known[-1], 3), "change": less})
+    return drawn
+
+
+def _where_bytes_go(blocks: list[Report]) -> dict[str, Any]:
+    """Bytes by kind of part, before and now; bars in percent of the larger of the two sums."""
+    groups: dict[str, list[Number]] = {kind: [0, 0] for kind in ("embedding and head", "attention", "MLP", "norms and the rest")}
+    for b in blocks:
+        for p in _items(b, "parts"):
+            group = groups[_kind(f"{b.get('name') or ''}.{p.get('name') or ''}".lower())]
+            group[0] += p.get("bytes_before") or 0
+            group[1] += p.get("bytes_after") or 0
+    before, after = (sum(g[i] for g in groups.values()) for i in (0, 1))
+    whole = max(before, after)
+    return {
+        "rows": [
+            {
+                "kind": kind,
+                "before": size(b),
+                "after": size(a),
+                "part_before": share(_over(b, before)),
+                "part_after": share(_over(a, after)),
+                "widths": (round(100 * b / whole, 3), round(100 * a / whole, 3)),
+            }
+            for kind, (b, a) in groups.items()
+            if b or a
+        ],
+        "before": size(before),
+        "after": size(after),
+    }
+
+
+def _kind(name: str) -> str:
+    if re.search(r"norm|ln_|\.ln", name):
+        return "norms and the rest"
+    if "att" in name:
+        return "attention"
+    if re.search(r"embed|wte|wpe|head", name):
+        return "embedding and head"
+    return "MLP" if re.search(r"mlp|ffn|feed|expert|\bfc|intermediate|output", name) else "norms and the rest"
+
+
+def _sample(s: Report) -> dict[str, Any]:
+    """A prompt with both answers, cut where they part (at a word)."""
+    dense, result = s.get("dense") or MISSING, s.get("result") or MISSING
+    same = next((i for i, (a, b) in enumerate(zip(dense, result, strict=False)) if a != b), min(len(dense), len(result)))
+    if dense != result:
+        same = max(dense.rfind(" ", 0, same), dense.rfind("\n", 0, same)) + 1
+    return {
+        "prompt": s.get("prompt") or MISSING,
+        "same": dense[:same],
+        "dense": dense[same:],
+        "result": result[same:],
+        "equal": dense == result != MISSING,
+    }

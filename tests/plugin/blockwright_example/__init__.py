@@ -1,0 +1,1 @@
+"""A package outside blockwright that adds methods."""

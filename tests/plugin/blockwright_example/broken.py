@@ -1,0 +1,3 @@
+"""A card that is no plain literal."""
+
+CARD = dict(slug="example-broken")

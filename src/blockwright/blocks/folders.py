@@ -10,6 +10,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import secrets
 import shutil
 import sys
@@ -17,6 +18,8 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+
+from safetensors import SafetensorError
 
 from blockwright.errors import BlockwrightError
 
@@ -27,11 +30,14 @@ FORMAT = 1
 def publish(folder: Path, write: Callable[[Path], None]) -> None:
     """Make `folder` hold what `write(scratch)` writes plus its manifest: all of it, on disk, or nothing.
 
-    Raises BlockwrightError when the place is not writable or the disk is full; the old folder then stands as it was.
+    A link is followed: what it points to is replaced. Raises BlockwrightError when the place is not writable or the disk is full; the old
+    folder then stands as it was.
     """
-    folder = folder.absolute()
+    folder = Path(os.path.realpath(folder))
     parent = folder.parent
     try:
+        if folder.exists() and not folder.is_dir():
+            raise BlockwrightError(f"{folder}: is a file", allowed="a folder, or a name that is free", do="Name another output folder")
         parent.mkdir(parents=True, exist_ok=True)
         with ExitStack() as alive:
             with locked(parent):
@@ -39,7 +45,8 @@ def publish(folder: Path, write: Callable[[Path], None]) -> None:
                 alive.enter_context(locked(scratch))  # says: this writer lives
             try:
                 scratch.chmod(0o755)
-                write(scratch)
+                with _system_errors():
+                    write(scratch)
                 write_manifest(scratch)
                 for path in [*scratch.rglob("*"), scratch]:
                     sync(path)
@@ -59,7 +66,7 @@ def publish(folder: Path, write: Callable[[Path], None]) -> None:
 
 def settle(folder: Path) -> None:
     """Undo what killed writers of `folder` left. Readers call it before they look."""
-    folder = folder.absolute()
+    folder = Path(os.path.realpath(folder))
     if folder.parent.is_dir() and _leftovers(folder):
         try:
             with locked(folder.parent):
@@ -79,13 +86,13 @@ def verify(folder: Path) -> None:
         entries = [(name, int(str(entry["size"])), str(entry["sha256"])) for name, entry in files.items()]
     except FileNotFoundError:
         raise BlockwrightError(f"{folder}: no {MANIFEST}", do="Write the folder again; it is not whole") from None
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise BlockwrightError(f"{path}: not a manifest", do="Write the folder again; this file is damaged") from None
     for name, size, digest in entries:
         file = folder / name
         if Path(name).is_absolute() or ".." in Path(name).parts:
             raise BlockwrightError(f"{path}: names {name!r}, outside the folder", do="Do not use this folder")
-        if not file.is_file():
+        if not os.path.isfile(file):  # False also for a name that no file can have
             raise BlockwrightError(f"{file}: missing", do="Write or copy the folder again; the manifest names this file")
         if file.stat().st_size != size or sha256(file) != digest:
             raise BlockwrightError(f"{file}: differs from {MANIFEST}", do="Write or copy the folder again; this file was changed or cut")
@@ -110,7 +117,8 @@ def replace_file(path: Path, write: Callable[[Path], object]) -> None:
     """One file, old or new: written aside, synced, renamed."""
     scratch = path.with_name(f".{path.name}.new-{secrets.token_hex(4)}")
     try:
-        write(scratch)
+        with _system_errors():
+            write(scratch)
         sync(scratch)
         scratch.rename(path)
         sync(path.parent)
@@ -143,8 +151,12 @@ def _exchange(scratch: Path, folder: Path) -> None:
     if not folder.exists():
         scratch.rename(folder)
     elif not _renameat2_exchange(scratch, folder):
-        folder.rename(folder.with_name(f".{folder.name}.old-{secrets.token_hex(4)}"))
-        scratch.rename(folder)  # killed before this line: `_mend` takes the old one back
+        old = folder.rename(folder.with_name(f".{folder.name}.old-{secrets.token_hex(4)}"))
+        try:
+            scratch.rename(folder)  # killed before this line: `_mend` takes the old one back
+        except BaseException:
+            old.rename(folder)
+            raise
 
 
 def _renameat2_exchange(a: Path, b: Path) -> bool:
@@ -156,8 +168,8 @@ def _renameat2_exchange(a: Path, b: Path) -> bool:
 
 
 def _leftovers(folder: Path) -> list[Path]:
-    marks = tuple(f".{folder.name}.{kind}-" for kind in ("old", "new"))
-    return [p for p in folder.parent.iterdir() if p.name.startswith(marks)]
+    ours = re.compile(rf"\.{re.escape(folder.name)}\.(old|new)-[a-z0-9_]{{8}}")
+    return [p for p in folder.parent.iterdir() if ours.fullmatch(p.name) and p.is_dir() and not p.is_symlink()]
 
 
 def _mend(folder: Path) -> None:
@@ -174,6 +186,18 @@ def _mend(folder: Path) -> None:
                     shutil.rmtree(path, ignore_errors=True)
             except (BlockingIOError, FileNotFoundError):
                 pass  # its writer lives, or has just finished
+
+
+@contextmanager
+def _system_errors() -> Iterator[None]:
+    """safetensors tells of a full disk by an error of its own: make it the system's."""
+    try:
+        yield
+    except SafetensorError as error:
+        code = re.search(r"\(os error (\d+)\)", str(error))
+        if code is None:
+            raise
+        raise OSError(int(code[1]), os.strerror(int(code[1]))) from error
 
 
 def told(folder: Path, error: OSError) -> BlockwrightError:

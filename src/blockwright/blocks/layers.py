@@ -8,7 +8,7 @@ of the blueprint; files are never touched.
 import copy
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
@@ -16,10 +16,14 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+import transformers
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightRenaming, rename_source_key
 from transformers.pytorch_utils import Conv1D
 
+from blockwright.blocks.lora import LoraLinear
 from blockwright.blocks.packed import PackedEmbedding, PackedLinear
 from blockwright.blocks.parameters import Place, Tensors
 from blockwright.errors import BlockwrightError
@@ -27,7 +31,7 @@ from blockwright.errors import BlockwrightError
 Form = dict[str, Any]  # JSON: {"form": "packed", "bits": 4, ...}: how to rebuild a module without its weights
 
 # The modules that may stand where the architecture built another: each has form() and from_form(module it replaces, form).
-FORMS: dict[str, Any] = {"packed": PackedLinear, "packed_embedding": PackedEmbedding}
+FORMS: dict[str, Any] = {"packed": PackedLinear, "packed_embedding": PackedEmbedding, "lora": LoraLinear}
 
 
 @dataclass(frozen=True)
@@ -48,6 +52,12 @@ class Blueprint:
                 f"{folder}: already quantised", allowed="a dense model folder", do="Start from the model it was made from"
             )
         tensors = Tensors.of_folder(folder)
+        depth = getattr(config, _depth_key(config), None)
+        if isinstance(depth, int) and depth > len(tensors):  # before a skeleton of that depth is built
+            raise BlockwrightError(
+                f"model {folder}: config.json asks for {depth} blocks, and the weights hold {len(tensors)} tensors",
+                do="Use the config.json and the weights of one model",
+            )
         blueprint = cls(config, _match(skeleton(config), tensors, folder))
         return blueprint
 
@@ -60,18 +70,23 @@ class Blueprint:
             )
         forms = {name: m.form() for name, m in model.named_modules() if isinstance(m, tuple(FORMS.values()))}  # type: ignore[attr-defined]
         state = {**dict(model.named_parameters(remove_duplicate=False)), **_persistent_buffers(model)}
-        return cls(copy.deepcopy(model.config), Tensors.of_memory(state), forms)
+        config = copy.deepcopy(model.config)
+        config.architectures = [type(model).__name__]
+        return cls(config, Tensors.of_memory(state), forms)
 
-    def skeleton(self) -> PreTrainedModel:
-        """The model with every weight on meta and its own forms in place; buffers that no file holds (rotary tables) are real."""
-        model = skeleton(self.config)
+    def skeleton(self, dtype: torch.dtype | None = None) -> PreTrainedModel:
+        """The model with every weight on meta and its own forms in place; buffers that no file holds (rotary tables) are real.
+
+        dtype : that the model will compute in (None: the config's); some buffers, such as Gemma's embedding scale, are rounded to it.
+        """
+        model = skeleton(self.config, dtype)
         for name, form in self.forms.items():
             swap(model, name, FORMS[form["form"]].from_form(model.get_submodule(name), form))
         return model
 
-    def block(self, name: str) -> nn.Module:
+    def block(self, name: str, dtype: torch.dtype | None = None) -> nn.Module:
         """One block of the skeleton, by its dotted name."""
-        block = copy.deepcopy(_template(type(self.config), self.config.to_json_string()).get_submodule(name))  # type: ignore[arg-type]
+        block = copy.deepcopy(_template(type(self.config), self.config.to_json_string(), dtype).get_submodule(name))  # type: ignore[arg-type]
         for full, form in self.forms.items():
             if full.startswith(name + "."):
                 inner = full.removeprefix(name + ".")
@@ -80,7 +95,7 @@ class Blueprint:
 
     def build(self, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> PreTrainedModel:
         """The whole model in memory, in eval mode. dtype: of floating-point tensors; None keeps each as stored."""
-        model = self.skeleton()
+        model = self.skeleton(dtype)
         fill(model, self.tensors, device=device, dtype=dtype)
         return cast(PreTrainedModel, model.eval())
 
@@ -162,18 +177,41 @@ def read_config(folder: Path) -> PreTrainedConfig:
     return config
 
 
-def skeleton(config: PreTrainedConfig) -> PreTrainedModel:
-    """The model of a config with parameters on meta and real buffers: costs no memory and no initialisation."""
-    return copy.deepcopy(_template(type(config), config.to_json_string()))  # type: ignore[arg-type]
+def skeleton(config: PreTrainedConfig, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    """The model of a config with all that a file holds on meta and the other buffers real: costs no memory and no initialisation."""
+    return copy.deepcopy(_template(type(config), config.to_json_string(), dtype))  # type: ignore[arg-type]
 
 
-@lru_cache(maxsize=4)
-def _template(config_class: type[PreTrainedConfig], config_json: str) -> PreTrainedModel:
-    config = config_class.from_dict(json.loads(config_json))
-    with _parameters_on_meta():
-        for auto in (AutoModelForCausalLM, AutoModel):
-            if type(config) in auto._model_mapping:
-                return cast(PreTrainedModel, auto.from_config(config).eval().requires_grad_(False))
+@lru_cache(maxsize=8)
+def _template(config_class: type[PreTrainedConfig], config_json: str, dtype: torch.dtype | None) -> PreTrainedModel:
+    try:
+        config = config_class.from_dict(json.loads(config_json))
+        with _parameters_on_meta():
+            model = _maker(config)(config, dtype=dtype or config.dtype or torch.float32).eval().requires_grad_(False)
+    except BlockwrightError:
+        raise
+    except Exception as error:  # sizes that do not fit together, or into this machine: whatever the architecture's code raises
+        line = next(iter(str(error).splitlines()), "")
+        raise BlockwrightError(
+            f"architecture {config_class.model_type!r}: config.json's model cannot be built ({type(error).__name__}: {line})",
+            do="Use the config.json and the weights of one model",
+        ) from None
+    for module in model.modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None and name not in module._non_persistent_buffers_set:
+                module._buffers[name] = buffer.to("meta")
+    return cast(PreTrainedModel, model)
+
+
+def _maker(config: PreTrainedConfig) -> Callable[..., PreTrainedModel]:
+    """What builds the model of a config: the class of transformers that it names, else the causal language model or base model."""
+    names = config.architectures
+    named: Any = getattr(transformers, str(names[0]), None) if isinstance(names, list) and names else None
+    if isinstance(named, type) and issubclass(named, PreTrainedModel) and named.config_class is type(config):  # type: ignore[attr-defined]
+        return cast(Callable[..., PreTrainedModel], named._from_config)  # type: ignore[attr-defined]
+    for auto in (AutoModelForCausalLM, AutoModel):
+        if type(config) in auto._model_mapping:
+            return cast(Callable[..., PreTrainedModel], auto.from_config)
     raise BlockwrightError(
         f"architecture {config.model_type!r}: unsupported",
         allowed="any model that AutoModelForCausalLM or AutoModel builds",
@@ -262,7 +300,7 @@ def fill(
     Raises BlockwrightError naming the tensor that is not finite.
     """
     wanted = {prefix + name: name for name, t in [*module.named_parameters(remove_duplicate=False), *module.named_buffers()] if t.is_meta}
-    for missing in wanted.keys() - tensors.keys():
+    for missing in sorted(wanted.keys() - tensors.keys()):
         raise BlockwrightError(f"tensor {missing}: not in the model's files", do="Copy the model folder again, whole")
     filled: dict[Place, nn.Parameter] = {}
     names = list(wanted)
@@ -307,6 +345,7 @@ def _persistent_buffers(model: nn.Module) -> dict[str, Tensor]:
 def _match(model: PreTrainedModel, tensors: Tensors, folder: Path) -> Tensors:
     """The tensors under the model's own names. Raises BlockwrightError where config.json and the weights disagree."""
     expected = dict(model.named_parameters(remove_duplicate=False)) | _persistent_buffers(model)
+    tensors = _under_module_names(model, tensors, expected.keys())
     prefix = model.base_model_prefix + "."
     names = {name: next((n for n in (name, name.removeprefix(prefix), prefix + name) if n in tensors), None) for name in expected}
     source: dict[int, str] = {}  # tied weights: one parameter under two names, stored under the first
@@ -325,8 +364,13 @@ def _match(model: PreTrainedModel, tensors: Tensors, folder: Path) -> Tensors:
                 f"model {folder}: {found} is {tensors.facts(found).shape} in the weights and {tuple(expected[name].shape)} by config.json",
                 do="Use the config.json and the weights of one model",
             )
+        if found is not None and found != stored and not torch.equal(*tensors.read([found, stored]).values()):
+            raise BlockwrightError(
+                f"model {folder}: config.json ties {name} to {stored}, and the weights hold two different tensors",
+                do='Set "tie_word_embeddings": false in config.json if they are meant to differ',
+            )
     known = {n for n in names.values() if n is not None}
-    layer = re.compile(re.escape(chain_path(model)) + r"\.\d+\.")
+    layer = re.compile(rf"({re.escape(prefix)})?{re.escape(chain_path(model).removeprefix(prefix))}\.\d+\.")
     for extra in sorted(tensors.keys() - known):
         if layer.match(extra) and not extra.endswith((".attn.bias", ".masked_bias", ".rotary_emb.inv_freq")):
             raise BlockwrightError(
@@ -334,6 +378,15 @@ def _match(model: PreTrainedModel, tensors: Tensors, folder: Path) -> Tensors:
                 do="Use the config.json and the weights of one model",
             )
     return tensors.renamed({name: source[id(parameter)] for name, parameter in expected.items()})
+
+
+def _under_module_names(model: PreTrainedModel, tensors: Tensors, expected: Collection[str]) -> Tensors:
+    """The tensors under the names that transformers gives them on loading: files of some architectures name them otherwise (GPT-NeoX)."""
+    renamings = [r for r in get_model_conversion_mapping(model) if isinstance(r, WeightRenaming)]
+    new_names = {n: n for n in tensors if n in expected}
+    for n in sorted(tensors.keys() - new_names.keys()):
+        new_names.setdefault(rename_source_key(n, renamings, [])[0], n)
+    return tensors.renamed(new_names)
 
 
 def check_against_skeleton(model: Blueprint, folder: Path) -> None:

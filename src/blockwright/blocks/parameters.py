@@ -55,11 +55,11 @@ class Tensors(Mapping[str, Place]):
 
     @classmethod
     def of_memory(cls, tensors: Mapping[str, Tensor]) -> "Tensors":
-        """Tensors that are in memory already; names that share storage and shape share a place. Not copied."""
-        first: dict[tuple[int, int, tuple[int, ...], tuple[int, ...]], str] = {}
+        """Tensors that are in memory already; names that share storage, dtype and shape share a place. Not copied."""
+        first: dict[tuple[object, ...], str] = {}
         places = {}
         for name, t in tensors.items():
-            key = (t.untyped_storage().data_ptr(), t.storage_offset(), tuple(t.shape), t.stride())
+            key = (t.untyped_storage().data_ptr(), t.storage_offset(), t.dtype, tuple(t.shape), t.stride())
             owner = first.setdefault(key, name) if t.numel() else name
             places[name] = Place(None, owner)
         return cls(places, {name: tensors[name].detach() for name in {p.name for p in places.values()}})
@@ -126,7 +126,7 @@ class Tensors(Mapping[str, Place]):
                     for name in members:
                         place = self.places[name]
                         if place not in read:
-                            read[place] = f.get_tensor(place.name).clone()
+                            read[place] = _tensor(f, file, place.name)
         return {name: read[self.places[name]] for members in wanted.values() for name in members}
 
     def replaced(self, removed: Iterable[str], added: Mapping[str, Place], memory: Mapping[str, Tensor]) -> "Tensors":
@@ -161,12 +161,14 @@ def header(file: Path) -> dict[str, Facts]:
         facts = {}
         for name in f.keys():  # noqa: SIM118 (safe_open is no dict)
             part = f.get_slice(name)
-            dtype = part.get_dtype()
+            dtype, shape = part.get_dtype(), tuple(part.get_shape())
             if dtype not in DTYPES:
                 raise BlockwrightError(
                     f"{file}: tensor {name!r} has dtype {dtype}", allowed=", ".join(DTYPES), do="Convert the weights to bf16 first"
                 )
-            facts[name] = Facts(DTYPES[dtype], tuple(part.get_shape()))
+            if max(shape, default=0) > torch.iinfo(torch.int64).max:  # valid where another dimension is 0, yet torch cannot hold it
+                raise BlockwrightError(f"{file}: tensor {name!r} has shape {shape}", do="Do not use this file; its header is made up")
+            facts[name] = Facts(DTYPES[dtype], shape)
         return facts
 
 
@@ -187,13 +189,23 @@ def _opened(file: Path) -> safe_open:
         ) from None
 
 
+def _tensor(f: safe_open, file: Path, name: str) -> Tensor:
+    """One tensor in fresh memory."""
+    try:
+        return f.get_tensor(name).clone()
+    except SafetensorError as error:
+        raise BlockwrightError(
+            f"{file}: tensor {name!r} cannot be read ({error})", do="Run again; this file was changed since it was opened"
+        ) from None
+
+
 def _weight_map(index: Path) -> dict[str, str]:
     """tensor -> file of an index, every file a plain name inside the folder."""
     try:
         content = json.loads(index.read_text())
         weight_map = content["weight_map"]
         pairs = [(str(name), str(file)) for name, file in weight_map.items()]
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise BlockwrightError(
             f"{index}: not a safetensors index", allowed='{"weight_map": {tensor: file}}', do="Copy this file again"
         ) from None

@@ -7,10 +7,11 @@ one starts; a run that was killed repeats no finished block, and ends with the s
 
 import functools
 import hashlib
+import itertools
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Literal, Protocol, TypeVar, cast
+from typing import Any, Literal, TypeVar, cast
 
 import torch
 from jaxtyping import Int
@@ -25,12 +26,7 @@ from blockwright.errors import BlockwrightError
 
 Facts = dict[str, Any]  # what a pass learned of one block: JSON values and tensors
 Visit = Callable[[Block, Tensor | None, Tensor | None, torch.Generator], Facts | None]
-
-
-class Progress(Protocol):
-    """Told of every step of long work: what is done, how much of it, out of how much."""
-
-    def __call__(self, what: str, done: int, total: int) -> None: ...
+Progress = Callable[[str, int, int], None]  # told of every step of long work: what is done, how much of it, out of how much
 
 
 def silent(what: str, done: int, total: int) -> None:
@@ -78,7 +74,8 @@ class Run:
         target: bool = False,
         write: bool = False,
     ) -> list[Facts]:
-        """One pass: `fn(block, x, y, rng)` for each block, in order, with that block resident. Returns what each call returned.
+        """One pass: `fn(block, x, y, rng)` for each block, in order, with that block resident. Returns what each call returned, as JSON
+        holds it (tuples become lists) and with copies of its tensors. fn changes neither x nor y.
 
         inputs : x is the block's input [n, T, d] in the model as changed so far, this pass included (treated), or in the model as
             it entered the stage (dense).
@@ -93,32 +90,33 @@ class Run:
         number, self._passes = self._passes, self._passes + 1
         needs = inputs != "none" or target
         entering, entered = self.model, self.entered
+        if (inputs == "dense" or target) and layers.num_blocks(entering.config) != layers.num_blocks(entered.config):
+            raise BlockwrightError(f"{self.stage}: dense inputs after blocks were dropped", do="Read them first, or begin a new stage")
         stream = Stream(
             entering, self.calibration if needs else None, mask=self.mask if needs else None, device=self.device, batch=self.batch
         )
         treated = stream.embedded if inputs == "treated" else None
         dense = stream.embedded if inputs == "dense" or target else None
-        one_stream = entering.tensors.places == entered.tensors.places
         found = []
         for i in range(stream.num_blocks):
             self.progress(f"{self.stage} pass {number + 1}", i, stream.num_blocks)
             unit = _Unit(self.journal, self.stage, number, i)
             done = unit.load()
-            block = stream.block(entering, i)
+            block = stream.block(self.model, i)  # not `entering`: a block before it may share its weights and have changed them
             y = None
             if dense is not None and (target or i + 1 < stream.num_blocks):
-                original = block if one_stream else stream.block(entered, i)
-                y = original.outputs(dense)
+                y = (block if _same_block(self.model, entered, block.name) else stream.block(entered, i)).outputs(dense)
             if done is None:
                 x = treated if inputs == "treated" else dense if inputs == "dense" else None
                 rng = self.generator(number, i)
                 facts = fn(block, x, y if target else None, rng) or {}
-                done = unit.keep(facts, block, entering if write else None)
+                done = unit.keep(facts, block, self.model if write else None)
             found.append(done.facts)
             if done.forms is not None:
                 self.model = _with_block(self.model, block.name, done)
+            del block  # before the next one is read
             if treated is not None and i + 1 < stream.num_blocks:
-                treated = (stream.block(self.model, i) if write else block).outputs(treated)
+                treated = stream.block(self.model, i).outputs(treated)  # as kept: rounded to its dtype, and without what fn did in vain
             dense = y if dense is not None else None
         self.progress(f"{self.stage} pass {number + 1}", stream.num_blocks, stream.num_blocks)
         return found
@@ -135,7 +133,7 @@ class Run:
         """A loop end to end: `loss(i, rng)` and one optimiser step, `steps` times. Returns the losses.
 
         before : called with the step number first (learning rates, annealing). The optimiser's parameters and state are journalled every
-        `every` steps. Raises BlockwrightError when the loss is not finite.
+        `every` steps. Raises BlockwrightError when the loss, a parameter or the optimiser's state is not finite.
         """
         number, self._passes = self._passes, self._passes + 1
         unit = _Unit(self.journal, self.stage, number, 0)
@@ -155,7 +153,7 @@ class Run:
             optimizer.step()
             losses.append(value.item())
             if (i + 1) % every == 0 or i + 1 == steps:
-                unit.keep({"losses": losses} | _state(optimizer, parameters), None, None)
+                unit.keep({"losses": losses} | _state(optimizer, parameters), None, None, f"{self.stage}: step {i}")
         self.progress(f"{self.stage} training", steps, steps)
         return losses
 
@@ -191,6 +189,9 @@ class _Done:
         self.facts, self.forms, self.places, self.memory = facts, forms, places, memory
 
 
+_UNITS = itertools.count()  # names the units that are kept in memory
+
+
 class _Unit:
     """One unit of the journal: a safetensors file holding facts and, where the block was written, its tensors."""
 
@@ -200,7 +201,10 @@ class _Unit:
     def load(self) -> _Done | None:
         if self.path is None or not self.path.exists():
             return None
-        about = json.loads(parameters.metadata(self.path)["unit"])
+        try:
+            about = json.loads(parameters.metadata(self.path)["unit"])
+        except (KeyError, ValueError):
+            raise BlockwrightError(f"{self.path}: no finished unit", do="Use --overwrite to start again; this file is damaged") from None
         names = parameters.header(self.path)
         stored = parameters.Tensors({n: Place(self.path, n) for n in names if n.startswith("fact:")}).read(
             [n for n in names if n.startswith("fact:")]
@@ -209,21 +213,32 @@ class _Unit:
         places = {n.removeprefix("weight:"): Place(self.path, n) for n in names if n.startswith("weight:")}
         return _Done(facts, about["forms"], places, {})
 
-    def keep(self, facts: Facts, block: Block | None, entering: Blueprint | None) -> _Done:
-        """Finish the unit: its facts and, with `entering`, the block's tensors, floating ones in the dtype they were stored in."""
+    def keep(self, facts: Facts, block: Block | None, entering: Blueprint | None, what: str = "") -> _Done:
+        """Finish the unit: its facts and, with `entering`, the block's tensors, floating ones in the dtype they were stored in.
+
+        what : names the unit in an error, in place of its block. Raises BlockwrightError for a fact or a tensor that is not finite.
+        """
+        where = what or f"block {block.name if block else ''}"
         weights = {} if block is None or entering is None else _stored(block, entering)
         forms = None if block is None or entering is None else dict(block.forms)
+        tensors = {k: v.detach().cpu().clone(memory_format=torch.contiguous_format) for k, v in facts.items() if isinstance(v, Tensor)}
+        for key, value in tensors.items():
+            layers.check_finite(value, f"{where}: {key}")
+        numbers = {k: v for k, v in facts.items() if k not in tensors}
+        try:
+            plain = json.dumps(numbers, allow_nan=False)
+        except ValueError:
+            raise BlockwrightError(f"{where}: {numbers} is not finite", do="Look at the block's inputs; nothing was written") from None
         if self.path is None:
-            token = f"{id(self)}:{block.name if block else ''}:"
+            token = f"{next(_UNITS)}:"
             memory = {token + name: t for name, t in weights.items()}
-            return _Done(facts, forms, {name: Place(None, token + name) for name in weights}, memory)
-        plain = {k: v for k, v in facts.items() if not isinstance(v, Tensor)}
-        tensors = {f"fact:{k}": v.contiguous() for k, v in facts.items() if isinstance(v, Tensor)}
-        tensors |= {f"weight:{name}": t.contiguous().cpu() for name, t in weights.items()}
-        about = {"unit": json.dumps({"facts": plain, "forms": forms})}
+            return _Done(json.loads(plain) | tensors, forms, {name: Place(None, token + name) for name in weights}, memory)
+        content = {f"fact:{key}": value for key, value in tensors.items()}
+        content |= {f"weight:{name}": t.cpu().clone(memory_format=torch.contiguous_format) for name, t in weights.items()}
+        about = {"unit": json.dumps({"facts": json.loads(plain), "forms": forms})}
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            folders.replace_file(self.path, lambda scratch: save_file(tensors, scratch, metadata=about))
+            folders.replace_file(self.path, lambda scratch: save_file(content, scratch, metadata=about))
         except OSError as error:
             raise folders.told(self.path.parent, error) from error
         done = self.load()
@@ -232,13 +247,19 @@ class _Unit:
 
 
 def _stored(block: Block, entering: Blueprint) -> dict[str, Tensor]:
-    state = {f"{block.name}.{name}": t.detach() for name, t in block.module.state_dict().items()}
     out = {}
-    for name, t in state.items():
-        layers.check_finite(t, f"{name} (block {block.name})")
+    for inner, t in block.module.state_dict().items():
+        name = f"{block.name}.{inner}"
         known = name in entering.tensors and t.is_floating_point()
-        out[name] = t.to(entering.tensors.facts(name).dtype) if known else t
+        out[name] = t.detach().to(entering.tensors.facts(name).dtype) if known else t.detach()
+        layers.check_finite(out[name], f"{name} (block {block.name})")  # as it is kept: fp16 overflows where fp32 does not
     return out
+
+
+def _same_block(a: Blueprint, b: Blueprint, name: str) -> bool:
+    """Whether a block's tensors lie in the same places in both."""
+    mine, theirs = ({n: p for n, p in m.tensors.items() if n.startswith(name + ".")} for m in (a, b))
+    return mine == theirs
 
 
 def _with_block(model: Blueprint, name: str, done: _Done) -> Blueprint:
@@ -247,11 +268,13 @@ def _with_block(model: Blueprint, name: str, done: _Done) -> Blueprint:
     removed = [n for n in tensors if n.startswith(name + ".")]
     added = dict(done.places)
     forms.update(done.forms or {})
+    old = {tensors[n] for n in removed}
     for sibling, own in _siblings(model, name):  # full module names: another block's, this block's
-        for n in [n for n in tensors if n.rpartition(".")[0] == sibling]:
-            removed.append(n)
+        theirs = {n: tensors[n] in old for n in tensors if n.rpartition(".")[0] == sibling}  # shared, or its own (a bias, say)
+        removed += [n for n, shared in theirs.items() if shared]
         for n in done.places:
-            if n == own or n.startswith(own + "."):
+            follows = n.rpartition(".")[0] == own or (own in (done.forms or {}) and n.startswith(own + "."))
+            if follows and theirs.get(sibling + n[len(own) :], True):
                 added[sibling + n[len(own) :]] = done.places[n]
         if own in (done.forms or {}):
             forms[sibling] = (done.forms or {})[own]

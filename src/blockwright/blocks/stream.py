@@ -5,7 +5,7 @@ different ones to different layers) by one pass over stubs, and loads blocks one
 """
 
 from collections.abc import Iterable, Iterator
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
@@ -47,11 +47,19 @@ class Block:
         layers.swap(self.module, name.removeprefix(self.name + "."), new)
         self.forms[name] = new.form()  # type: ignore[operator]
 
-    def __call__(self, x: Float[Tensor, "b T d"], rows: slice = slice(None)) -> Float[Tensor, "b T d"]:
+    def __call__(self, x: Float[Tensor, "b T d"], rows: slice | list[int] = slice(None)) -> Float[Tensor, "b T d"]:
         """The block's output for the samples `rows` of the calibration set, whose hidden states are x. Differentiable."""
         if self._arguments is None:
             raise BlockwrightError(f"block {self.name}: loaded without inputs", do="Ask for inputs='treated' or 'dense'")
-        args, kwargs = _for_rows(self._arguments, rows)
+        entries = self._arguments
+        if len(entries) > 1:
+            entries = entries[rows] if isinstance(rows, slice) else [entries[i] for i in rows]
+        if len({_absent(entry) for entry in entries}) > 1:  # transformers passes no mask for a sample without padding
+            return torch.cat([self._run(x[i : i + 1], [entry]) for i, entry in enumerate(entries)])
+        return self._run(x, entries)
+
+    def _run(self, x: Float[Tensor, "b T d"], entries: list[Arguments]) -> Float[Tensor, "b T d"]:
+        args, kwargs = _merged(entries)
         out = self.module(x, *args, **kwargs)
         return out[0] if isinstance(out, tuple) else out
 
@@ -114,7 +122,7 @@ class Stream:
     def block(self, blueprint: Blueprint, index: int) -> Block:
         """Block `index` of a blueprint of this chain, read into fresh fp32 memory."""
         name = f"{self.path}.{index}"
-        module = blueprint.block(name)
+        module = blueprint.block(name, torch.float32)
         layers.fill(module, blueprint.tensors, name + ".", device=self.device, dtype=torch.float32)
         arguments = self.arguments[index] if self.arguments is not None else None
         shared = frozenset(_held_by_earlier(blueprint, self.path, index, module))
@@ -133,7 +141,7 @@ class Stream:
         model = self._around(blueprint, whole=True)
         for rows in batches(len(hidden), max(1, self.batch // 4)):
             for stub in self._stubs(model):
-                stub.value = hidden[rows]
+                stub.value, stub.wrapped = hidden[rows], self._wrapped
             yield rows, self._forward(model, rows).logits
 
     @torch.no_grad()
@@ -141,6 +149,7 @@ class Stream:
         """Embedded samples, and the arguments of each block: one entry for all samples, or one a sample where they are padded."""
         model = self._around(blueprint, whole=False)
         stubs = self._stubs(model)
+        self._wrapped = self._blocks_return_tuples(blueprint, model)
         embedded = []
         for rows in batches(self._num_samples(), self.batch):
             self._forward(model, rows)
@@ -152,9 +161,24 @@ class Stream:
                 arguments.append(stub.seen[1:])
         return torch.cat(embedded), recorded
 
+    def _blocks_return_tuples(self, blueprint: Blueprint, model: nn.Module) -> bool:
+        """Whether this architecture's blocks return (hidden states, ...): seen by running the first one. The stubs then do as they do."""
+        first, stubs = self.block(blueprint, 0).module, self._stubs(model)
+
+        def see(stub: nn.Module, args: Any, kwargs: Any, out: Any) -> Any:
+            wrapped = isinstance(first(*args, **kwargs), tuple)
+            for s in stubs:
+                s.wrapped = wrapped
+            return (out,) if wrapped else out
+
+        handle = stubs[0].register_forward_hook(see, with_kwargs=True)
+        self._forward(model, slice(0, 1))
+        handle.remove()
+        return stubs[0].wrapped
+
     def _around(self, blueprint: Blueprint, *, whole: bool) -> nn.Module:
         """The model with stubs for its blocks and the rest in fp32: with its head (whole), or the base model alone."""
-        model = blueprint.skeleton()
+        model = blueprint.skeleton(torch.float32)
         chain = model.get_submodule(self.path)
         for i in range(self.num_blocks):
             layers.swap(model, f"{self.path}.{i}", _Stub(chain.get_submodule(str(i))))
@@ -186,6 +210,7 @@ def in_features(linear: nn.Module) -> int:
     return int(linear.in_features if isinstance(linear, nn.Linear) else linear.weight.shape[0])  # type: ignore[union-attr,index]
 
 
+@runtime_checkable
 class Stat(Protocol):
     """A running statistic over the inputs of one linear."""
 
@@ -244,12 +269,16 @@ class Gram:
 
 
 class _Stub(nn.Module):
-    """Stands where a block stands: keeps what it was given and hands on `value`, or its input. Other attributes are the block's."""
+    """Stands where a block stands: keeps what it was given and hands on `value`, or its input. Other attributes are the block's.
+
+    wrapped : hands it on in a tuple, as the blocks of some architectures do (GPT-Neo, Falcon).
+    """
 
     def __init__(self, block: nn.Module) -> None:
         super().__init__()
         self.__dict__["block"] = block  # not a submodule: its weights stay unread
         self.value: Tensor | None = None
+        self.wrapped = False
         self.seen: Any = None
 
     def __getattr__(self, name: str) -> Any:
@@ -258,18 +287,22 @@ class _Stub(nn.Module):
         except AttributeError:
             return getattr(self.__dict__["block"], name)
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor | tuple[Tensor]:
         self.seen = (x, args, kwargs)
-        return x if self.value is None else self.value
+        out = x if self.value is None else self.value
+        return (out,) if self.wrapped else out
 
 
-def _for_rows(arguments: list[Arguments], rows: slice) -> Arguments:
+def _merged(entries: list[Arguments]) -> Arguments:
     """The arguments of some samples: those of all where there is one entry (batch 1 broadcasts), else stacked along the batch."""
-    if len(arguments) == 1:
-        return arguments[0]
-    chosen = arguments[rows]
-    args = tuple(_stacked([a[0][i] for a in chosen]) for i in range(len(chosen[0][0])))
-    return args, {key: _stacked([a[1][key] for a in chosen]) for key in chosen[0][1]}
+    if len(entries) == 1:
+        return entries[0]
+    args = tuple(_stacked([a[0][i] for a in entries]) for i in range(len(entries[0][0])))
+    return args, {key: _stacked([a[1][key] for a in entries]) for key in entries[0][1]}
+
+
+def _absent(entry: Arguments) -> tuple[bool, ...]:
+    return tuple(v is None for v in (*entry[0], *entry[1].values()))
 
 
 T = TypeVar("T")
@@ -285,7 +318,7 @@ def _stacked(values: list[T]) -> T:
 
 
 def _held_by_earlier(blueprint: Blueprint, path: str, index: int, module: nn.Module) -> Iterator[str]:
-    """Full names of this block's modules all of whose tensors an earlier block holds too."""
+    """Full names of this block's modules all of whose tensors, the bias aside, an earlier block holds too."""
     earlier = {
         place
         for name, place in blueprint.tensors.items()
@@ -294,6 +327,6 @@ def _held_by_earlier(blueprint: Blueprint, path: str, index: int, module: nn.Mod
     for name, m in module.named_modules():
         full = f"{path}.{index}.{name}"
         own = [f"{full}.{t}" for t, _ in [*m.named_parameters(recurse=False), *m.named_buffers(recurse=False)]]
-        places = [blueprint.tensors[t] for t in own if t in blueprint.tensors]
+        places = [blueprint.tensors[t] for t in own if t in blueprint.tensors and not t.endswith(".bias")]
         if places and all(place in earlier for place in places):
             yield full

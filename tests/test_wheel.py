@@ -11,8 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM
 
 import blockwright
 
@@ -47,19 +46,6 @@ def run(bin_folder, cwd, *arguments):
     return subprocess.run([bin_folder / "blockwright", *arguments], cwd=cwd, env=env, capture_output=True, text=True, check=False)
 
 
-def small_model(folder):
-    """A random Llama with a tokenizer of whole words, as a folder."""
-    words = ["<unk>", *(f"w{i}" for i in range(90))]
-    tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>").save_pretrained(folder)
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(words), hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
-
-
 def test_the_wheel_holds_what_is_needed_and_nothing_else(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     inside = {n.removeprefix("blockwright/") for n in names if n.startswith("blockwright/")}
@@ -83,10 +69,8 @@ def test_it_lists_shows_and_reproduces_from_anywhere(environment, tmp_path):
     assert refused.returncode == 2 and ("--out" in refused.stderr or "no claim" in refused.stderr)
 
 
-def test_it_runs_the_main_job(environment, tmp_path):
-    small_model(tmp_path / "model")
-    for name, shift in (("learn", 0), ("judge", 7)):
-        (tmp_path / f"{name}.txt").write_text(" ".join(f"w{(i * i + shift * i) % 90}" for i in range(600)))
+def test_it_runs_the_main_job(environment, small_job, tmp_path):
+    small_job(tmp_path)
     recipe = {
         "model": "model", "stages": [{"finequant": {"bits": 4, "group_size": 32}}], "out": "cheaper",
         "calibration": {"text": "learn.txt", "num": 4, "length": 32}, "evaluation": {"text": "judge.txt", "num": 4, "length": 32},

@@ -4,6 +4,7 @@
     smaller = bw.finequant(model, bits=4)          # any stage, on a transformers model in memory
     report = bw.run("recipe.yaml")                 # the main job: stages, measurement, report
     model = bw.load("folder")                      # what the main job wrote, on fast kernels
+    bw.export("folder", "out", to="gguf")          # the same for llama.cpp and Ollama
 
 Importing blockwright imports neither torch nor transformers.
 """
@@ -13,7 +14,7 @@ from typing import Any
 from blockwright.errors import BlockwrightError
 
 __version__ = "0.1.0"
-__all__ = ["BlockwrightError", "__version__", "load", "run"]
+__all__ = ["BlockwrightError", "__version__", "export", "load", "run"]
 
 
 def run(recipe: Any, *, resume: bool = False, overwrite: bool = False) -> dict[str, Any]:
@@ -29,6 +30,13 @@ def load(folder: Any, **options: Any) -> Any:
     from blockwright.recipes.load import load as load_folder
 
     return load_folder(folder, **options)
+
+
+def export(folder: Any, out: Any, *, to: str, overwrite: bool = False) -> dict[str, Any]:
+    """Write the model of a folder into another one, in another form: gguf, standard, ... See `blockwright.recipes.convert`."""
+    from blockwright.recipes.convert import convert
+
+    return convert(folder, out, to=to, overwrite=overwrite)
 
 
 def __getattr__(name: str) -> Any:

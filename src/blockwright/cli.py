@@ -108,15 +108,40 @@ def run(
     if CHILD not in os.environ:
         again = ["run", str(recipe), *(["--out", str(out)] if out else []), *(["--overwrite"] if overwrite else [])]
         _in_child(resume_with=None if dry_run else [*again, "--resume"])
-    from blockwright.recipes import execute, report
+    from blockwright.recipes import execute, plan, report
 
     if dry_run:
-        _print_plan(execute.plan(checked))
+        _print_plan(plan.plan(checked))
         return
     with _bar() as progress:
         made = execute.execute(checked, resume=resume, overwrite=overwrite, progress=progress)
     console.print(report.table(made))
+    for warning in made["warnings"]:
+        console.print(f"note    {warning}", highlight=False, markup=False, soft_wrap=True)
     console.print(f"model   {checked.out}\nreport  {checked.out / 'report.html'}", highlight=False, soft_wrap=True)
+
+
+@app.command()
+def export(
+    folder: Annotated[Path, typer.Argument(help="A folder that blockwright wrote, or a plain model folder.")],
+    out: Annotated[Path, typer.Argument(help="The folder to write; for gguf it gets model.gguf, export.json and the licence.")],
+    to: Annotated[
+        str,
+        typer.Option(
+            help="gguf: for llama.cpp and Ollama. standard: for plain transformers. unrolled: the same, shared blocks as copies, adapters "
+            "merged. dense: plain weights. blockwright: our own layout."
+        ),
+    ],
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what the output folder holds.")] = False,
+) -> None:
+    """A model in another form, with what that costs in bytes and accuracy."""
+    if CHILD not in os.environ:
+        _in_child(resume_with=None)
+    from blockwright.recipes import convert
+
+    made = convert.convert(folder, out, to=to, overwrite=overwrite)
+    for line in convert.summary(made, out):
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 @app.command()

@@ -30,19 +30,32 @@ SIDE_FILES = (
 
 def why_not_standard(model: Blueprint, *, shared: bool = True) -> str | None:
     """Why plain transformers could not open this model, or None where it can. shared: places that blocks share are stored once."""
-    path = layers.chain_path(layers.skeleton(model.config))
+    skeleton = layers.skeleton(model.config)
+    path = layers.chain_path(skeleton)
     packed = [f for f in model.forms.values() if f["form"] == "packed"]
     for name, form in model.forms.items():
         if form["form"] != "packed" or not name.startswith(path + "."):
             return f"{name} is {form['form'].replace('_', ' ')}, which compressed-tensors has no place for"
         if form.get("transposed"):
             return f"{name} is a packed Conv1D"
+    for name, form in model.forms.items():
+        k, group = int(skeleton.get_submodule(name).in_features), form["group_size"]  # type: ignore[arg-type]
+        if group > 0 and k % group:
+            return f"{name} has {k} inputs, which groups of {group} do not divide"
     if not all(f["symmetric"] for f in packed) and len({_scheme(f) for f in packed}) > 1:
         return "asymmetric linears in more than one scheme"
     in_blocks = [place for name, place in model.tensors.items() if name.startswith(path + ".")]
     if shared and len(set(in_blocks)) < len(in_blocks):
         return "blocks share weights"
     return None
+
+
+def refuse_layout(layout: str, reason: str | None) -> None:
+    """Raise BlockwrightError where a standard layout is asked for and there is a reason why plain transformers could not open it."""
+    if layout in ("standard", "unrolled") and reason:
+        raise BlockwrightError(
+            f"export={layout}: {reason}", allowed="auto, blockwright, dense", do="Use export: dense, or leave that part as it is"
+        )
 
 
 class Entry(NamedTuple):
@@ -68,17 +81,9 @@ def write(
     dtype : of floating-point tensors that are not scales. source : the dense model's folder, for tokenizer, licence and the like.
     about : goes into blockwright.json. Raises BlockwrightError where a standard layout cannot hold the model, with the reason.
     """
-    forms = dict(model.forms)
-    if layout == "dense":
-        forms = {}
-    elif layout == "unrolled":
-        forms = {name: form for name, form in forms.items() if form["form"] == "packed"}
-    copies = layout in ("dense", "unrolled")
+    forms, copies = _written_forms(model, layout)
     reason = why_not_standard(model.edited(forms=forms), shared=not copies)
-    if layout in ("standard", "unrolled") and reason:
-        raise BlockwrightError(
-            f"export={layout}: {reason}", allowed="auto, blockwright, dense", do="Use export: dense, or leave that part as it is"
-        )
+    refuse_layout(layout, reason)
     standard = reason is None and layout != "blockwright"
     entries = _entries(model, forms, dtype, copies=copies)
     _write_shards(folder, STANDARD_STEM if standard else OWN_STEM, entries)
@@ -89,12 +94,11 @@ def write(
     for name in SIDE_FILES:
         if (source / name).is_file():
             shutil.copyfile(source / name, folder / name)
-    written_at = {model.tensors[name]: name for name in reversed(list(entries)) if name in model.tensors}
     description = {
         "format": FORMAT,
         "layout": "standard" if standard else "blockwright",
         "forms": forms,
-        "stored_as": {n: written_at[p] for n, p in model.tensors.items() if n not in entries and p in written_at},
+        "stored_as": _stored_as(model, forms, entries),
         "origin": list(model.origin),
         **(about or {}),
     }
@@ -102,22 +106,23 @@ def write(
     return str(description["layout"])
 
 
-def predicted_bytes(model: Blueprint, dtype: torch.dtype = torch.bfloat16) -> int:
+def predicted_bytes(model: Blueprint, dtype: torch.dtype = torch.bfloat16, layout: str = "auto") -> int:
     """Bytes of all tensors as `write` will store them."""
-    return sum(entry.facts.nbytes for entry in _entries(model, dict(model.forms), dtype, copies=False).values())
+    forms, copies = _written_forms(model, layout)
+    return sum(entry.facts.nbytes for entry in _entries(model, forms, dtype, copies=copies).values())
 
 
 def read(folder: Path) -> Blueprint:
     """The blueprint of a folder that `write` wrote. Raises BlockwrightError when the description is missing, damaged or newer."""
     path = folder / "blockwright.json"
+    damaged = BlockwrightError(f"{path}: damaged", do="Write or copy the folder again")
     try:
         about = json.loads(path.read_text())
-        version, layout = about["format"], about["layout"]
-        forms, stored_as, origin = dict(about["forms"]), dict(about["stored_as"]), tuple(about["origin"])
-        if not all(isinstance(f, dict) and f.get("form") in layers.FORMS for f in forms.values()):
-            raise ValueError("unknown form")
-    except (ValueError, KeyError, TypeError, RecursionError):
-        raise BlockwrightError(f"{path}: damaged", do="Write or copy the folder again") from None
+        version, layout = int(about["format"]), about["layout"]
+        forms, origin = dict(about["forms"]), tuple(about["origin"])
+        stored_as = {name: str(other) for name, other in about["stored_as"].items()}
+    except (OSError, ValueError, ArithmeticError, AttributeError, LookupError, TypeError, RecursionError):
+        raise damaged from None
     if version > FORMAT:
         raise BlockwrightError(f"{path}: format {version}", allowed=f"up to {FORMAT}", do="Use a newer blockwright")
     stem = STANDARD_STEM if layout == "standard" else OWN_STEM
@@ -130,6 +135,10 @@ def read(folder: Path) -> Blueprint:
         del config.quantization_config
     names = {name: name for name in stored} | stored_as
     model = Blueprint(config, stored.renamed(names), forms, origin)
+    try:
+        model.skeleton()
+    except (BlockwrightError, ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError):  # a form that is none
+        raise damaged from None
     layers.check_against_skeleton(model, folder)
     return model
 
@@ -168,6 +177,17 @@ def _scheme(form: layers.Form) -> tuple[int, int, bool]:
     return form["bits"], form["group_size"], form["symmetric"]
 
 
+def _written_forms(model: Blueprint, layout: str) -> tuple[dict[str, layers.Form], bool]:
+    """The forms that stay in this layout, and whether blocks that share weights are written as copies."""
+    forms = dict(model.forms)
+    if layout == "dense":
+        forms = {}
+    elif layout == "unrolled":
+        adapters = tuple(f"{name}." for name, form in forms.items() if form["form"] == "lora")  # their packed bases are merged too
+        forms = {name: form for name, form in forms.items() if form["form"] == "packed" and not name.startswith(adapters)}
+    return forms, layout in ("dense", "unrolled")
+
+
 def _entries(model: Blueprint, forms: dict[str, layers.Form], dtype: torch.dtype, *, copies: bool) -> dict[str, Entry]:
     """What to write, by name: each place once (or, with `copies`, once a name; tied embeddings still once), in the model's order.
 
@@ -176,13 +196,15 @@ def _entries(model: Blueprint, forms: dict[str, layers.Form], dtype: torch.dtype
     entries: dict[str, Entry] = {}
     path = layers.chain_path(layers.skeleton(model.config)) + "."
     plain = {name: form for name, form in model.forms.items() if name not in forms}
+    order = {name: i for i, name in enumerate(model.skeleton().state_dict())}  # so that the first of blocks that share holds the weights
     seen: set[Place] = set()
-    for name, place in model.tensors.items():
+    for name in sorted(model.tensors, key=lambda n: order.get(n, len(order))):
+        place = model.tensors[name]
         once = not (copies and name.startswith(path))
         if once and place in seen:
             continue
         seen.add(place)
-        owner = next((m for m in plain if name.startswith(m + ".")), None)
+        owner = min((m for m in plain if name.startswith(m + ".")), key=len, default=None)  # the outermost
         if owner is None:
             facts = model.tensors.facts(name)
             if facts.dtype.is_floating_point and not name.endswith("weight_scale"):
@@ -191,20 +213,49 @@ def _entries(model: Blueprint, forms: dict[str, layers.Form], dtype: torch.dtype
         elif f"{owner}.weight" not in entries:
             shape = tuple(layers.skeleton(model.config).get_submodule(owner).weight.shape)  # type: ignore[union-attr]
             entries[f"{owner}.weight"] = Entry(Facts(dtype, shape), partial(_plain_weight, model, owner, plain[owner], dtype))
-            bias = f"{owner}.bias"
-            if bias in model.tensors:
-                entries[bias] = Entry(Facts(dtype, model.tensors.facts(bias).shape), partial(_read, model, bias, dtype))
+            for bias in (f"{owner}.bias", f"{owner}.base.bias"):
+                if bias in model.tensors:
+                    entries[f"{owner}.bias"] = Entry(Facts(dtype, model.tensors.facts(bias).shape), partial(_read, model, bias, dtype))
     return entries
 
 
+def _stored_as(model: Blueprint, forms: dict[str, layers.Form], entries: dict[str, Entry]) -> dict[str, str]:
+    """Names that are not written, because what they hold is written under another name: name -> that one."""
+    plain = [m for m in model.forms if m not in forms]
+    names = [n for n in model.tensors if not n.startswith(tuple(f"{m}." for m in plain))] + [f"{m}.weight" for m in plain]
+
+    def place(name: str) -> Place | None:  # of the tensor, or of the codes that it is unpacked from
+        return model.tensors.get(name) or model.tensors.get(f"{name}_packed")
+
+    written_at = {place(name): name for name in reversed(list(entries)) if place(name)}
+    return {name: written_at[place(name)] for name in names if name not in entries and place(name) in written_at}
+
+
 def _read(model: Blueprint, name: str, dtype: torch.dtype) -> Tensor:
-    return model.tensors.read([name])[name].to(dtype)
+    return _fitting(model.tensors.read([name])[name], dtype, name)
 
 
 def _plain_weight(model: Blueprint, owner: str, form: layers.Form, dtype: torch.dtype) -> Tensor:
     module = layers.FORMS[form["form"]].from_form(layers.skeleton(model.config).get_submodule(owner), form)
+    for name, inner in model.forms.items():
+        if name.startswith(owner + "."):
+            inside = name.removeprefix(owner + ".")
+            layers.swap(module, inside, layers.FORMS[inner["form"]].from_form(module.get_submodule(inside), inner))
     layers.fill(module, model.tensors, owner + ".")
-    return cast(Tensor, module.plain_weight()).to(dtype)
+    return _fitting(cast(Tensor, module.plain_weight()), dtype, f"{owner}.weight")
+
+
+def _fitting(value: Tensor, dtype: torch.dtype, name: str) -> Tensor:
+    """The value in this dtype. Raises BlockwrightError where it is not finite, or too large for the dtype."""
+    layers.check_finite(value, name)
+    narrow = value.to(dtype)
+    if not bool(torch.isfinite(narrow).all()):
+        raise BlockwrightError(
+            f"{name}: {value.abs().max().item():.3g} does not fit {str(dtype).removeprefix('torch.')}",
+            allowed=f"values up to {torch.finfo(dtype).max:.3g}",
+            do="Use dtype: bf16",
+        )
+    return narrow.contiguous()
 
 
 def _write_shards(folder: Path, stem: str, entries: dict[str, Entry]) -> None:
@@ -218,10 +269,7 @@ def _write_shards(folder: Path, stem: str, entries: dict[str, Entry]) -> None:
     if len(shards) == 1:
         names = [f"{stem}.safetensors"]
     for name, shard in zip(names, shards, strict=True):
-        tensors = {n: entry.read().contiguous() for n, entry in shard.items()}
-        for n, t in tensors.items():
-            layers.check_finite(t, n)
-        save_file(tensors, folder / name, metadata={"format": "pt"})
+        save_file({n: entry.read() for n, entry in shard.items()}, folder / name, metadata={"format": "pt"})
     if len(shards) > 1:
         total = sum(e.facts.nbytes for e in entries.values())
         weight_map = {n: name for name, shard in zip(names, shards, strict=True) for n in shard}

@@ -64,12 +64,13 @@ def use(folder: Path, prompts: list[str], *, new_tokens: int = 48, repeats: int 
     """Open a model folder in a process of its own and use it: decoding speed, peak memory, what it writes.
 
     Returns tokens_per_second (median of `repeats` runs, batch 1, greedy), peak_memory (bytes, VmHWM above torch and transformers loaded),
-    samples (continuations of the prompts).
+    samples (continuations of the prompts). Raises BlockwrightError where the folder cannot be used, with what was said.
     """
     job = json.dumps({"folder": str(folder), "prompts": prompts, "new_tokens": new_tokens, "repeats": repeats})
     done = subprocess.run([sys.executable, "-m", __name__], input=job, capture_output=True, text=True, check=False)
     if done.returncode != 0:
-        raise BlockwrightError(f"{folder}: could not be used ({done.stderr.strip().splitlines()[-1:]})", do="See the lines above")
+        last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+        raise BlockwrightError(f"{folder}: could not be used ({last})", do="Open it with bw.load to see more")
     return dict(json.loads(done.stdout.splitlines()[-1]))
 
 
@@ -80,7 +81,7 @@ def _use(job: dict[str, Any]) -> dict[str, Any]:
 
     before = meter.high_water()
     model = load(job["folder"], check=False)
-    tokenizer = AutoTokenizer.from_pretrained(job["folder"])
+    tokenizer = AutoTokenizer.from_pretrained(job["folder"], trust_remote_code=False, local_files_only=True)
     samples = [_continue(model, tokenizer, prompt, job["new_tokens"]) for prompt in job["prompts"]]
     ids = tokenizer("The", return_tensors="pt").input_ids
     steps = job["new_tokens"]

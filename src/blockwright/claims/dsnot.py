@@ -1,0 +1,158 @@
+"""The claim of dsnot, arXiv 2310.08915: swaps repair the masks of magnitude pruning and of Wanda, the more the more is pruned.
+
+On a GPU the swap loop alone is timed.
+"""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor, nn
+
+from blockwright import meter, zoo
+from blockwright.blocks import tiles
+from blockwright.claims.runner import Claim, Measured, Plot
+from blockwright.compress import dsnot as method
+from blockwright.compress.dsnot import refine
+
+PAPER = "the perplexity of LLaMA-7B at 70 % sparsity falls by 26.79 against Wanda"
+UNIT = "perplexity with swaps / without"
+DEPTH = 12  # the blocks that are pruned, from the first; the rest stay dense
+MATRICES, SIZE = 7, 4096  # those of a block, on a GPU
+
+
+def claim(*, seed: int = 0, device: str = "cpu") -> Claim:
+    """SmolLM2-135M, its first blocks pruned with and without swaps on the same text; on cuda, seconds of the swaps of large matrices."""
+    return _time_of_swaps(seed) if device == "cuda" else _perplexities(seed)
+
+
+def _perplexities(seed: int) -> Claim:
+    model, tokenizer = zoo.smollm2(), zoo.tokenizer()
+    calibration = zoo.windows("pydoc", "calibration", num=16, length=256, tokenizer=tokenizer)
+    evaluation = zoo.windows("pydoc", "evaluation", num=8, length=256, tokenizer=tokenizer)
+    first, rest = _cut(model, DEPTH)
+    times: list[tuple[float, float]] = []  # of the swaps, and of all
+
+    def perplexity(swaps: Callable[..., Any] = refine, **options: Any) -> float:
+        """Of the model pruned by these options, where `swaps` stands for `refine`."""
+        made: list[Any] = []
+        inside: list[float] = []
+        prune: Any = method.dsnot
+
+        def timed(*arguments: Any, **named: Any) -> Any:
+            found: list[Any] = []
+            inside.append(meter.time(lambda: found.append(swaps(*arguments, **named)), repeats=1, warmup=0).median)
+            return found[0]
+
+        def work() -> None:
+            made.append(prune(first, calibration=calibration, seed=seed, **options))
+
+        with mock.patch.object(method, "refine", timed):
+            whole = meter.time(work, repeats=1, warmup=0).median
+        times.append((sum(inside), whole))
+        made[0].model.layers.extend(rest)
+        return meter.perplexity(made[0], evaluation)
+
+    dense = meter.perplexity(model, evaluation)
+    cases: dict[str, dict[str, Any]] = {
+        "magnitude 50 %": {"initial_method": "magnitude", "sparsity": 0.5},
+        "Wanda 60 %": {"sparsity": 0.6},
+        "Wanda 70 %": {"sparsity": 0.7},
+        "Wanda 2:4": {"mask_structure": "2:4"},
+    }
+    without = {name: perplexity(max_cycles=0, **options) for name, options in cases.items()}
+    times.clear()
+    ours = {name: perplexity(**options) for name, options in cases.items()}
+    share = sum(inside for inside, _ in times) / sum(whole for _, whole in times)
+    official = perplexity(accept="any", skip=["mlp"], var="within", **cases["Wanda 70 %"])
+    rng = torch.Generator().manual_seed(seed)
+    null = perplexity(lambda *a, **k: _random_swaps(rng, *a, **k), **cases["Wanda 70 %"])
+
+    ratio = {name: ours[name] / without[name] for name in cases}
+    base = without["Wanda 70 %"]
+    rows = [{"pruned by": name, "without swaps": without[name], "with swaps": ours[name], "ratio": ratio[name]} for name in cases]
+    rows += [
+        {"pruned by": f"Wanda 70 %, {what}", "without swaps": base, "with swaps": value, "ratio": value / base}
+        for what, value in (("options of the official code", official), ("as many random swaps", null))
+    ]
+    return Claim(
+        paper=PAPER,
+        name="Wanda 70 %",
+        measured=ratio["Wanda 70 %"],
+        target=0.95,
+        unit=UNIT,
+        better="lower",
+        baseline=1.0,
+        parts=[
+            Measured(name="magnitude 50 %", measured=ratio["magnitude 50 %"], target=0.4, unit=UNIT, better="lower", baseline=1.0),
+            Measured(name="Wanda 60 %", measured=ratio["Wanda 60 %"], target=1.0, unit=UNIT, better="lower", baseline=1.0),
+            Measured(name="time of the swaps", measured=share, target=0.25, unit="share of pruning", better="lower"),
+            Measured(name="control: random swaps", measured=null / base, target=1.0, unit=UNIT, better="higher", baseline=1.0),
+        ],
+        rows=[{"pruned by": "dense", "without swaps": dense}, *rows],
+        plot=Plot(
+            kind="bar",
+            title="Swaps repair a mask",
+            x="first pruned by",
+            y="perplexity",
+            series={"without swaps": list(without.items()), "with swaps": list(ours.items())},
+            log=True,
+        ),
+        notes=[
+            f"SmolLM2-135M, all linears of its first {DEPTH} blocks, 50 cycles; 16 x 256 tokens of calibration, 8 x 256 of evaluation",
+            "Baseline: the same scores and sparsity without swaps",
+            "A row ends at a swap that would not lower its expected squared error; the official code makes any swap, and none in MLPs",
+        ],
+    )
+
+
+def _cut(model: Any, depth: int) -> tuple[Any, list[nn.Module]]:
+    """A copy of the model with its first blocks, and the rest of its blocks."""
+    first = copy.deepcopy(model)
+    rest = list(first.model.layers[depth:])
+    first.model.layers = first.model.layers[:depth]
+    first.config.num_hidden_layers = depth
+    return first, rest
+
+
+def _random_swaps(rng: torch.Generator, w: Tensor, keep: Tensor, *arguments: Any, **named: Any) -> tuple[Tensor, Tensor]:
+    """As many swaps in each row as `refine` would make, of weights taken at random."""
+    mask, error = refine(w, keep, *arguments, **named)
+    swaps = (mask & ~keep).sum(1, keepdim=True)
+    most = int(swaps.max())
+    draw = torch.rand(w.shape, generator=rng)
+
+    def some(among: Tensor) -> Tensor:
+        columns = draw.masked_fill(~among, 2.0).topk(most, dim=1, largest=False).indices
+        return torch.zeros_like(keep).scatter_(1, columns, torch.arange(most) < swaps)
+
+    return keep & ~some(keep) | some(~keep), error
+
+
+def _time_of_swaps(seed: int) -> Claim:
+    rng = torch.Generator("cuda").manual_seed(seed)
+    seconds = []
+    for _ in range(MATRICES):
+        w = torch.randn(SIZE, SIZE, device="cuda", generator=rng)
+        mean, var, norm = (torch.rand(SIZE, device="cuda", generator=rng) for _ in range(3))
+        score = method.wanda_score(w, norm)
+        keep = tiles.row_mask(score, 0.6)
+        spent = meter.time(lambda: refine(w, keep, score, mean - 0.5, var, update_threshold=0.0), repeats=5)  # noqa: B023
+        seconds.append(spent.median)
+    slowest = max(seconds)
+    return Claim(
+        paper=PAPER,
+        name="swaps of a 4096 x 4096 matrix",
+        measured=slowest,
+        target=0.2,
+        unit="seconds for 50 cycles",
+        better="lower",
+        spread=(min(seconds), slowest),
+        rows=[{"matrix": i + 1, "seconds": s} for i, s in enumerate(seconds)],
+        notes=[
+            f"{MATRICES} random matrices, 60 % sparse, threshold 0 so that no row ends early; {sum(seconds):.3f} s for all of them",
+            "The slowest matrix is reported: median of 5 runs",
+        ],
+    )

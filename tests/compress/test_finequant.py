@@ -153,7 +153,7 @@ def close(got, want, dtype):
 
 CASES = [  # every M, K, N, group and width of the kernels at least once, small enough for the interpreter
     (1, 80, 64, 32, 4), (3, 1, 512, 64, 4), (16, 33, 1000, 128, 4), (17, 80, 64, -1, 8), (64, 20, 512, 32, 8), (129, 12, 200, 64, 4),
-    (1, 20, 1000, 64, 8), (3, 80, 1000, -1, 4), (16, 1000, 64, 16, 4), (129, 8, 64, 32, 8), (64, 40, 200, 256, 4),
+    (1, 20, 1000, 64, 8), (3, 80, 1000, -1, 4), (16, 1000, 64, 16, 4), (129, 8, 64, 32, 8), (64, 40, 200, 256, 4), (16, 9, 600, 256, 4),
 ]  # fmt: skip
 GRID = list(itertools.product([1, 3, 16, 17, 64, 129], [1, 80, 1000], [64, 512, 1000], [32, 64, 128, -1], [4, 8]))
 
@@ -569,6 +569,8 @@ def packed_linear(n, k, *, bits=4, group_size=64, bias=True, dtype=torch.bfloat1
     dense = nn.Linear(k, n, bias=bias)
     with torch.no_grad():
         dense.weight.copy_(randn(n, k, seed=seed))
+        if bias:
+            dense.bias.copy_(9 * randn(n, seed=8))
     codes, scale = quantize(dense.weight.detach(), bits=bits, group_size=group_size, scale_dtype=dtype)
     return PackedLinear.of(dense, codes, scale, bits=bits, group_size=group_size).to(torch.bfloat16)
 

@@ -474,6 +474,17 @@ def test_a_recipe_that_is_not_plain_is_told_in_one_line_and_nothing_is_written(h
     assert said in refused(blockwright, home, "recipe.yaml")
 
 
+def test_code_that_a_folder_brings_is_neither_run_nor_asked_about(home, blockwright, monkeypatch):
+    edited(
+        "model/tokenizer_config.json",
+        lambda c: c.update(tokenizer_class="ZebraTokenizer", auto_map={"AutoTokenizer": ["zebra.Zebra", None]}),
+    )
+    Path("model/zebra.py").write_text(f"open({str(home / 'ran')!r}, 'w')")
+    monkeypatch.setattr("builtins.input", lambda *prompt: "y")
+    blockwright("run", written(recipe(GRID)))
+    assert not Path("ran").exists()
+
+
 def test_every_mistake_is_the_same_error_in_python(home):
     for case in (empty, too_short, unknown_option, not_empty):
         changes, said = case()

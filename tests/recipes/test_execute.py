@@ -12,7 +12,7 @@ import torch
 import yaml
 from jobs import recipe, tree, written
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import blockwright as bw
 from blockwright import cli
@@ -99,6 +99,21 @@ def test_the_block_table_adds_up_to_the_files(home):
     assert parts["self_attn.o_proj"]["treatment"] == "dense" and parts["self_attn.o_proj"]["sparsity"] == 0
     for row in rows.values():
         assert row["bytes_after"] == sum(p["bytes_after"] for p in row["parts"])
+
+
+def test_a_tied_head_is_counted_and_packed_once(home):
+    config = AutoConfig.from_pretrained("model", tie_word_embeddings=True)
+    torch.manual_seed(1)
+    AutoModelForCausalLM.from_config(config).save_pretrained("model")
+    made = bw.run(recipe(GRID, embedding=8))
+    assert {row["name"] for row in made["blocks"]} == {"embed_tokens", "layers.0", "layers.1", "layers.2", "norm"}
+    assert sum(row["bytes_before"] for row in made["blocks"]) == made["dense"]["bytes"] == 2 * made["model"]["parameters"]
+    assert (
+        sum(row["bytes_after"] for row in made["blocks"])
+        == tensor_bytes(home / "cheaper")
+        == plan(load_recipe(recipe(GRID, embedding=8)))["bytes"]
+    )
+    assert made["result"]["kl"] < 0.01
 
 
 def test_what_was_pruned_is_shown(home):
@@ -379,3 +394,11 @@ def test_the_commands_of_the_readme_exist():
     for name in shipped:
         assert load_recipe(ROOT / name).out.parts[0] == "out"
     assert "blockwright run examples/demo.yaml" in (ROOT / "Makefile").read_text()
+
+
+def test_the_threads_of_the_recipe_are_used(home):
+    before = torch.get_num_threads()
+    try:
+        assert bw.run(recipe(threads=before + 1))["machine"]["threads"] == before + 1
+    finally:
+        torch.set_num_threads(before)

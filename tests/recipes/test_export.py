@@ -342,6 +342,17 @@ def test_the_same_model_gives_the_same_bytes(models, tmp_path):
 # reading back
 
 
+def test_a_folder_is_read_and_written_again_in_another_form(opened, models, tmp_path):
+    folder, _, plain = opened
+    for name, layout in (("4 bits, group", "dense"), ("asymmetric", "blockwright"), ("4 bits, group", "standard")):
+        (tmp_path / layout).mkdir()
+        export.write(export.read(folder / "standard" / name), tmp_path / layout, source=models["llama"], layout=layout, dtype=torch.float32)
+        config = json.loads((tmp_path / layout / "config.json").read_text())
+        assert ("quantization_config" in config) == (layout == "standard")
+        ours = logits(load(tmp_path / layout, dtype=torch.float32, fast=False, check=False))
+        assert (ours - plain[f"standard/{name}"]).abs().max() <= 1e-5 * ours.abs().max()
+
+
 def damaged(models, tmp_path, change):
     """The message of `read` when blockwright.json was changed."""
     build(models, tmp_path / "f", "tied", [(GRID, {}), 8], {})

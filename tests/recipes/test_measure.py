@@ -14,6 +14,7 @@ import blockwright as bw
 from blockwright.blocks.layers import Blueprint
 from blockwright.blocks.run import Run
 from blockwright.errors import BlockwrightError
+from blockwright.meter import Spread
 from blockwright.recipes import measure
 from blockwright.recipes.measure import Judge
 
@@ -77,14 +78,20 @@ def test_the_hidden_states_can_be_given_back(home):
     assert Judge(dense, IDS, hidden=2 * judge.hidden).quality(dense) != judge.quality(dense)
 
 
-def test_blocks_that_get_different_arguments_are_judged_alike(tmp_path):
-    """Gemma passes other masks and rotary tables to its sliding blocks than to its global ones."""
+def gemma(folder):
+    """A small model whose blocks are sliding and global in turn."""
     torch.manual_seed(0)
     config = Gemma3TextConfig(
         vocab_size=92, hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=2, num_key_value_heads=1, head_dim=16,
         sliding_window=4, layer_types=["sliding_attention", "full_attention"] * 2,
     )  # fmt: skip
-    Gemma3ForCausalLM(config).save_pretrained(tmp_path)
+    Gemma3ForCausalLM(config).save_pretrained(folder)
+    return Blueprint.of_folder(folder)
+
+
+def test_blocks_that_get_different_arguments_are_judged_alike(tmp_path):
+    """Gemma passes other masks and rotary tables to its sliding blocks than to its global ones."""
+    gemma(tmp_path)
     dense = log_probabilities(AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32))
     model = treated(tmp_path, (sample_grid, {"bits": 4, "group_size": 16}))
     ours = log_probabilities(model.build(dtype=torch.float32))
@@ -93,6 +100,12 @@ def test_blocks_that_get_different_arguments_are_judged_alike(tmp_path):
 
 
 # the error of each block
+
+
+def test_blocks_keep_their_own_arguments_where_others_were_dropped(tmp_path):
+    dense = gemma(tmp_path)
+    errors = Judge(dense, IDS).block_errors(dense.with_layers([0, 2, 3]))  # the sliding block 2 stands now where a global one stood
+    assert errors == {0: 0, 1: 1, 2: 0, 3: 0}
 
 
 def test_an_untouched_block_has_no_error_and_a_dropped_one_has_1(home):
@@ -140,6 +153,17 @@ def test_use_tells_what_the_model_writes_how_fast_and_with_how_much_memory(home)
                 break
         assert sample == tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
     assert 1 < used["tokens_per_second"] < 1e5 and 1e6 < used["peak_memory"] < 1e9
+
+
+def test_speed_is_tokens_over_seconds_and_memory_what_the_model_adds(home, monkeypatch):
+    marks = iter([100, 350])
+    monkeypatch.setattr(measure.meter, "high_water", lambda: next(marks))
+    monkeypatch.setattr(measure.meter, "time", lambda fn, *, repeats, warmup: fn() or Spread(2.0, 1.0, 3.0))
+    model = AutoModelForCausalLM.from_pretrained("model")
+    model.lm_head.weight.data.zero_()  # writes <unk> for ever, which is not shown
+    model.save_pretrained("model")
+    used = measure._use({"folder": str(home / "model"), "prompts": ["w1"], "new_tokens": 6, "repeats": 1})
+    assert used == {"tokens_per_second": 3.0, "peak_memory": 250, "samples": [""]}
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ class LoraLinear(nn.Module):
     lora_A [r, K], lora_B [N, r] : on meta until they are filled, or until `start`.
     """
 
-    def __init__(self, base: nn.Module, *, r: int, lora_alpha: float) -> None:
+    def __init__(self, base: nn.Module, *, r: int, lora_alpha: int | float) -> None:
         super().__init__()
         self.base, self.r, self.lora_alpha = base, r, lora_alpha
         self.transposed = isinstance(base, Conv1D) or getattr(base, "transposed", False)

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int, Int8
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from blockwright import meter, zoo
 from blockwright.blocks import tiles
@@ -16,6 +15,7 @@ from blockwright.blocks.packed import PackedLinear
 from blockwright.blocks.run import Run
 from blockwright.blocks.stream import Block, Gram
 from blockwright.claims.runner import Claim, Measured, Plot
+from blockwright.claims.small_model import texts, trained
 from blockwright.compress import flexround as method
 from blockwright.compress.flexround import Codes, initial_grid, reconstruct
 
@@ -50,9 +50,9 @@ _perplexity = partial(meter.perplexity, batch=64)
 # CPU: a small model trained here, with AdaRound in the same loop
 
 
-def _small(seed: int, *, steps: int = 400, iters: int = 200, tuning_iters: int = 100, num: int = 64) -> Claim:
-    train, calibration, tuning, evaluation = _texts(num)
-    model = _trained(train, steps=steps, seed=seed)
+def _small(seed: int, *, steps: int = 400, iters: int = 200, tuning_iters: int = 40, num: int = 64) -> Claim:
+    train, calibration, tuning, evaluation = texts(num)
+    model = trained(train, layers=4, steps=steps, seed=seed)
     dense = _perplexity(model, evaluation)
     makers: dict[str, Callable[..., nn.Module]] = {"AdaRound": _adaround, "FlexRound": _flexround}
     rows: list[dict[str, Any]] = [{"grid": "dense", "method": "dense", "lr": None, "perplexity": dense}]
@@ -104,39 +104,6 @@ def _claim(gap: dict[str, dict[str, float]], rival: str, targets: tuple[float, f
         ),
         notes=notes,
     )
-
-
-def _texts(num: int, length: int = 128) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Bytes to train on [n]; windows to learn from, to choose learning rates by, and to evaluate on: no byte is in two of them."""
-
-    def windows(part: Any) -> Tensor:
-        ids = torch.tensor(list(zoo.text("pydoc", part).encode("ascii", "replace")))
-        return ids[: len(ids) // length * length].view(-1, length)
-
-    ours, theirs = windows("calibration"), windows("evaluation")
-    held_out = torch.linspace(0, len(ours) - 1, 2 * num).long()  # evenly spread, in turn for learning and for choosing
-    train = torch.ones(len(ours), dtype=torch.bool)
-    train[held_out] = False
-    return ours[train].flatten(), ours[held_out[0::2]], ours[held_out[1::2]], theirs[torch.linspace(0, len(theirs) - 1, 4 * num).long()]
-
-
-def _trained(ids: Int[Tensor, " n"], *, steps: int, seed: int, batch: int = 16, length: int = 128) -> nn.Module:
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        sizes = {"hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 4, "num_attention_heads": 4}
-        model = LlamaForCausalLM(LlamaConfig(vocab_size=128, max_position_embeddings=length, **sizes))
-    rng = torch.Generator().manual_seed(seed)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.1, betas=(0.9, 0.95), fused=True)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps, pct_start=0.1)
-    for _ in range(steps):
-        starts = torch.randint(0, len(ids) - length, (batch, 1), generator=rng)
-        rows = ids[starts + torch.arange(length)]
-        optimizer.zero_grad()
-        model(rows, labels=rows).loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-    return model.eval().requires_grad_(False)
 
 
 def _flexround(model: nn.Module, ids: Tensor, grid: dict[str, Any], *, iters: int, lr: float, seed: int) -> Any:

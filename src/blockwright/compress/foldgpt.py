@@ -1,0 +1,565 @@
+"""Fewer and shared blocks for devices with little memory: deletes the blocks of a language model that jointly trained gates close, lets
+neighbours among the rest use one block's weights, and repairs the result by a little training against the dense model.
+
+FoldGPT, arXiv 2407.00928. The ranking to compare with is ShortGPT's block influence, arXiv 2403.03853; an adapter of its own for each block
+that uses shared weights is from arXiv 2410.20672. Re-measure its claim: `blockwright reproduce foldgpt`.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.nn.functional import cosine_similarity, cross_entropy, kl_div, log_softmax, rms_norm
+from torch.utils.checkpoint import checkpoint
+
+from blockwright.blocks import layers
+from blockwright.blocks.layers import Blueprint
+from blockwright.blocks.lora import LoraLinear
+from blockwright.blocks.parameters import Place
+from blockwright.blocks.run import Facts, Run, stage
+from blockwright.blocks.stream import Block
+from blockwright.errors import BlockwrightError
+from blockwright.options import Count, Positive, Rate, Share
+
+CARD = {
+    "slug": "foldgpt",
+    "room": "compress",
+    "kind": "stage",
+    "arxiv": "2407.00928",
+    "title": "FoldGPT: Simple and Effective Large Language Model Compression Scheme",
+    "summary": "deletes the blocks that jointly trained gates close, shares weights among neighbours, repairs by distillation",
+    "saves": "memory and time by the blocks deleted; memory, not time, by those that share weights",
+    "needs": ["calibration", "gradients"],
+    "accepts": ["dense"],
+    "leaves": "dense",
+    "writes": "a plain model with fewer layers; with shared weights our own layout, or `export: unrolled`",
+    "claim": {
+        "figure": "better than earlier depth compression at equal size",
+        "against": "block removal such as ShortGPT",
+        "where": "abstract",
+    },
+}
+
+BETAS = (0.9, 0.99)  # Adam's, for the gates: their gradients shrink as they polarise, and the second moment has to follow
+FREE = 0.3  # share of the gates' training before half-open gates cost anything
+
+
+@stage
+def foldgpt(
+    run: Run,
+    *,
+    remove: Share = 0.1,
+    group_size: Positive = 1,
+    parent: Literal["first", "importance", "mean"] = "first",
+    protect: list[int] = [0],
+    ranking: Literal["gates", "influence"] = "gates",
+    gate_steps: Count = 40,
+    gate_lr: Rate = 0.1,
+    lam: Rate = 1.0,
+    cure_steps: Count = 0,
+    cure_lr: Rate = 1e-4,
+    norm_lr: Rate = 1e-3,
+    r: Positive = 8,
+    lora_alpha: Positive = 16,
+    shared_lora: bool = False,
+    kl_weight: float = 1.0,
+    temperature: Rate = 1.0,
+    tail_weight: float = 1.0,
+    tail_layers: Count = 2,
+    batch_size: Positive = 2,
+    max_seq_length: Positive = 128,
+    gradient_checkpointing: bool = False,
+) -> None:
+    """Delete `remove` of the blocks, share weights inside groups of `group_size` of the rest, and train `cure_steps` steps to repair.
+
+    The whole model is resident in fp32 while gates train, and twice while it is cured. A tenth of the blocks can often go without curing;
+    deleting more, and any sharing, wants `cure_steps`.
+
+    remove : share of the blocks to delete; their number is rounded to the nearest, halves up.
+    group_size : this many consecutive blocks use one block's linear weights, stored once; 1 shares nothing. Norms stay each block's own.
+        A group holds blocks of one attention type and no protected block; the last one may be smaller.
+    parent : whose weights a group uses: its first block's, its most important block's, or the mean of them all.
+    protect : blocks, by number (-1 is the last), that are neither deleted nor shared.
+    ranking : what decides which blocks go: gates trained together, or block influence (1 - cosine of a block's input and output; the
+        baseline).
+    gate_steps : training steps of the gates, for which every weight is frozen; use 200 to 500 where a GPU is at hand. With 0 all gates
+        tie, and block influence decides.
+    gate_lr : Adam's learning rate for the gates, in units of log m^2.
+    lam : what a gate that is neither open nor closed costs at the end of the training, in nats.
+    cure_steps : training steps of norms and LoRA factors after deleting and sharing, such as 300 to 1000; 0: none.
+    cure_lr : AdamW's learning rate for LoRA factors; it falls linearly to 0.
+    norm_lr : the same for norms.
+    r : rank of the LoRA factors, on every linear. Where nothing is shared they are merged into the weights in the end.
+    lora_alpha : LoRA's scale is lora_alpha / r.
+    shared_lora : one pair of factors for each shared weight, merged in the end, instead of one for each block that is kept beside it.
+    kl_weight : weight of KL(dense || this model) beside the cross entropy.
+    temperature : divides both sides' logits in that KL, which is multiplied by its square.
+    tail_weight : weight of the mean squared difference of normalised hidden states after the last blocks.
+    tail_layers : how many last blocks that compares, counted from the end on both sides.
+    batch_size : windows in a training step.
+    max_seq_length : tokens of a window used in a training step: a random run of them or, in padded windows, those from the first real one.
+    gradient_checkpointing : keep only block inputs for the backward pass and compute the rest again; the same result in less memory.
+
+    Raises BlockwrightError before anything is computed for options out of range, a model that is not dense, and too few free blocks; later
+    for blocks of different shapes in one group, and losses that are not finite.
+    """
+    _check_model(run.model)
+    positive = {"group_size": group_size, "r": r, "lora_alpha": lora_alpha, "batch_size": batch_size, "temperature": temperature}
+    _check_positive(positive | {"gate_lr": gate_lr, "cure_lr": cure_lr, "norm_lr": norm_lr, "lam": lam})
+    for name, weight in {"kl_weight": kl_weight, "tail_weight": tail_weight}.items():
+        if not (math.isfinite(weight) and weight >= 0):
+            raise BlockwrightError(f"foldgpt: {name}={weight}", allowed="0 or more", do="Try 1")
+    _check_words({"parent": (parent, ("first", "importance", "mean")), "ranking": (ranking, ("gates", "influence"))})
+    feed = Feed(run, batch_size, max_seq_length)
+    total = layers.num_blocks(run.model.config)
+    guarded = _guarded(protect, total)
+    free = [i for i in range(total) if i not in guarded]
+    num_removed = _num_removed(remove, total, len(free))
+    if cure_steps and tail_layers > total - num_removed:
+        raise BlockwrightError(
+            f"foldgpt: tail_layers={tail_layers}", allowed=f"up to the {total - num_removed} blocks that stay", do="Try 2"
+        )
+
+    score = [(1.0, 0.0)] * total  # of each block: its gate, and what it does to its input where gates tie
+    if num_removed or parent == "importance":
+        score = [(1.0, -s) for s in influence(run)]
+    if num_removed and ranking == "gates" and gate_steps:
+        gates = train_gates(
+            run, feed, free=free, num_removed=num_removed, steps=gate_steps, lr=gate_lr, lam=lam, checkpointing=gradient_checkpointing
+        )
+        score = [(g, does) for g, (_, does) in zip(gates, score, strict=True)]
+    gone = sorted(free, key=lambda i: score[i])[:num_removed]
+    keep = [i for i in range(total) if i not in gone]
+    run.model = run.model.with_layers(keep)
+    share(run, group_size=group_size, parent=parent, guarded={keep.index(i) for i in guarded}, score=[score[i] for i in keep])
+    if not cure_steps:
+        return
+
+    student = cure(
+        run,
+        feed,
+        steps=cure_steps,
+        lr=cure_lr,
+        norm_lr=norm_lr,
+        r=r,
+        lora_alpha=lora_alpha,
+        shared_lora=shared_lora,
+        kl_weight=kl_weight,
+        temperature=temperature,
+        tail_weight=tail_weight,
+        tail_layers=tail_layers,
+        checkpointing=gradient_checkpointing,
+    )
+    if group_size > 1 and not shared_lora:
+        run.model = _with_adapters(run, student)
+    else:
+        run.blocks(partial(_take_merged, student=student), write=True)
+
+
+def plan(*, block_parameters: int, tokens: int, **options: Any) -> dict[str, Any]:
+    """What a run costs: fp32 copies of a block in memory, passes over the calibration text, bits of a stored weight (None: unchanged).
+
+    layers : share of the blocks that is stored in the end. resident : fp32 copies of the whole chain in memory, activations included.
+    """
+    step = options["batch_size"] * options["max_seq_length"]
+    again = 1 if options["gradient_checkpointing"] else 0
+    gating = (2 + again) * options["gate_steps"] if options["ranking"] == "gates" else 0  # forward, and backward to activations alone
+    curing = (4 + again) * options["cure_steps"]  # the teacher's forward too
+    width = math.sqrt(block_parameters / 12)
+    saved = (
+        (1 if again else 34) * width * step / block_parameters
+    )  # floats that a block keeps for the backward pass, about 34 times its width
+    models = 2 if options["cure_steps"] else 1
+    return {
+        "copies": 2,
+        "passes": 1 + (gating + curing) * step / max(tokens, 1),
+        "bits": None,
+        "layers": (1 - options["remove"]) / options["group_size"],
+        "resident": models + saved,
+    }
+
+
+# ranking
+
+
+def influence(run: Run) -> list[float]:
+    """For each block, the mean over real tokens of the cosine between its input and its output, in [-1, 1].
+
+    1 minus it is ShortGPT's block influence (arXiv 2403.03853): the higher the cosine, the less the block does.
+    """
+
+    def visit(block: Block, x: Tensor | None, y: Tensor | None, rng: torch.Generator) -> Facts:
+        assert x is not None and y is not None
+        cosine = cosine_similarity(x, y, dim=-1)
+        real = torch.ones_like(cosine) if run.mask is None else run.mask.to(cosine)
+        return {"similarity": float((cosine * real).sum(dtype=torch.float64) / real.sum())}
+
+    return [facts["similarity"] for facts in run.blocks(visit, inputs="dense", target=True)]
+
+
+def gate(u: Float[Tensor, " F"], num_open: int) -> Float[Tensor, " F"]:
+    """G(m) = m^2 / (m^2 + eps), a smoothed L0 norm, where m^2 = exp(u), and eps > 0 such that the gates sum to num_open, 0 < num_open < F.
+
+    Differentiable, through eps too: what one gate gains the others lose. eps is found by bisection of its logarithm in fp64.
+    """
+    low, high = (float(v) for v in u.detach().double().aminmax())
+    low, high = low - 40, high + 40
+    for _ in range(64):
+        middle = (low + high) / 2
+        low, high = (middle, high) if torch.sigmoid(u.detach().double() - middle).sum() > num_open else (low, middle)
+    slope = torch.sigmoid(u.detach() - low)
+    slope = slope * (1 - slope)
+    log_eps = low + (slope * (u - u.detach())).sum() / slope.sum().clamp(min=torch.finfo(u.dtype).tiny)
+    return torch.sigmoid(u - log_eps)
+
+
+@contextmanager
+def gated(blocks: nn.ModuleList, gates: Callable[[], Float[Tensor, " L"]]) -> Iterator[None]:
+    """Inside, block i hands on x + g_i (block_i(x) - x) with g = gates(): the model itself at 1, the block deleted at 0."""
+
+    def hook(i: int) -> Callable[..., Any]:
+        def blend(block: nn.Module, inputs: tuple[Any, ...], output: Any) -> Any:
+            x, g = inputs[0], gates()[i]
+            if isinstance(output, tuple):
+                return (x + g * (output[0] - x), *output[1:])
+            return x + g * (output - x)
+
+        return blend
+
+    handles = [block.register_forward_hook(hook(i)) for i, block in enumerate(blocks)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def train_gates(
+    run: Run, feed: "Feed", *, free: list[int], num_removed: int, steps: int, lr: float, lam: float, checkpointing: bool = False
+) -> list[float]:
+    """The gate G of each block after training; those of blocks not in `free` are 1. No weight changes.
+
+    loss = cross entropy + lam sum G (1 - G), where lam rises from 0 over the last two thirds of the steps: gates first find their order,
+    then close or open fully. The budget, sum G = L - num_removed, holds at every step (see `gate`), so that no penalty has to be balanced
+    against the loss. Source: arXiv 2407.00928 names gates trained together, a polarising optimisation and a constraint; the formulas are a
+    reading of it.
+    """
+    model = run.model.build(device=run.device, dtype=torch.float32)
+    blocks = _chain(model, checkpointing)
+    u = nn.Parameter(torch.zeros(len(free), device=run.device))
+    at = torch.tensor(free, device=run.device)
+    g_L = torch.ones(len(blocks), device=run.device)
+
+    def loss(i: int, rng: torch.Generator) -> Tensor:
+        nonlocal g_L
+        gates = gate(u, len(free) - num_removed)
+        g_L = torch.ones(len(blocks), device=run.device).index_put((at,), gates)
+        ids, mask = feed.draw(rng)
+        logits = model(ids, attention_mask=mask, use_cache=False).logits
+        push = max(0.0, (i / max(1, steps - 1) - FREE) / (1 - FREE))
+        return next_token_loss(logits, ids, mask) + lam * push * (gates * (1 - gates)).sum()
+
+    with gated(blocks, lambda: g_L):
+        run.curves["gates: loss"] = run.train(loss, torch.optim.Adam([u], lr=lr, betas=BETAS), steps=steps)
+    final = gate(u.detach(), len(free) - num_removed)
+    return torch.ones(len(blocks), device=run.device).index_put((at,), final).tolist()
+
+
+# sharing
+
+
+def share(run: Run, *, group_size: int, parent: str, guarded: set[int], score: list[tuple[float, float]]) -> None:
+    """Let the blocks of each group use one block's linear weights, by place: they are stored once. Norms stay each block's own.
+
+    score : of each block; with parent="importance" a group uses the block of the highest.
+    Raises BlockwrightError for blocks of different shapes in a group.
+    """
+    groups = cut_into_groups(_types(run.model), group_size, guarded)
+    before = run.model
+    heads = {max(g, key=lambda i: score[i]) if parent == "importance" else g[0]: g for g in groups}
+    own = _own_tensors(before)
+    run.model = before.with_shared({child: head for head, g in heads.items() for child in g if child != head}, lambda name: name in own)
+    if parent == "mean" and group_size > 1:
+        run.blocks(partial(_take_mean, before=before, groups=heads, own=own), write=True)
+
+
+def cut_into_groups(types: list[str], size: int, guarded: set[int]) -> list[list[int]]:
+    """Consecutive blocks in groups of at most `size`; a new type starts a new group, and a guarded block is alone in its."""
+    groups: list[list[int]] = []
+    for i, kind in enumerate(types):
+        last = groups[-1] if groups else []
+        if last and len(last) < size and types[last[0]] == kind and not guarded & {last[0], i}:
+            last.append(i)
+        else:
+            groups.append([i])
+    return groups
+
+
+def _take_mean(
+    block: Block,
+    x: Tensor | None,
+    y: Tensor | None,
+    rng: torch.Generator,
+    *,
+    before: Blueprint,
+    groups: dict[int, list[int]],
+    own: set[str],
+) -> None:
+    path = block.name.rpartition(".")[0]
+    members = groups.get(block.index, [])
+    for name, p in block.module.named_parameters() if len(members) > 1 else ():
+        if name not in own:
+            names = [f"{path}.{i}.{name}" for i in members]
+            p.copy_(torch.stack([before.tensors.read([n])[n].to(p) for n in names]).mean(0))
+
+
+# curing
+
+
+def cure(
+    run: Run,
+    feed: "Feed",
+    *,
+    steps: int,
+    lr: float,
+    norm_lr: float,
+    r: int,
+    lora_alpha: int,
+    shared_lora: bool,
+    kl_weight: float,
+    temperature: float,
+    tail_weight: float,
+    tail_layers: int,
+    checkpointing: bool = False,
+) -> nn.Module:
+    """The model as it stands, resident, with trained norms and LoRA factors; the teacher is the model as it entered the stage."""
+    teacher = run.entered.build(device=run.device, dtype=torch.float32)
+    student = run.model.build(device=run.device, dtype=torch.float32)
+    factors = add_lora(run, student, r=r, lora_alpha=lora_alpha, shared=shared_lora)
+    norms = [p.requires_grad_() for p in _norms(student).values()]
+    watched = (_chain(teacher, False), _chain(student, checkpointing))
+
+    def loss(i: int, rng: torch.Generator) -> Tensor:
+        ids, mask = feed.draw(rng)
+        with torch.no_grad(), tail(watched[0], tail_layers) as wanted:
+            target = teacher(ids, attention_mask=mask, use_cache=False).logits
+        with tail(watched[1], tail_layers) as hidden:
+            logits = student(ids, attention_mask=mask, use_cache=False).logits
+        kl = distillation(logits, target, mask, temperature=temperature)
+        drift = sum((tail_distance(h, t, mask) for h, t in zip(hidden, wanted, strict=True)), torch.zeros((), device=ids.device))
+        return next_token_loss(logits, ids, mask) + kl_weight * kl + tail_weight * drift
+
+    optimizer = torch.optim.AdamW([{"params": factors, "lr": lr}, {"params": norms, "lr": norm_lr}], weight_decay=0.0)
+
+    def before(i: int) -> None:
+        for group, rate in zip(optimizer.param_groups, (lr, norm_lr), strict=True):
+            group["lr"] = rate * (1 - i / steps)
+
+    run.curves["curing: loss"] = run.train(loss, optimizer, steps=steps, before=before)
+    return student
+
+
+def add_lora(run: Run, model: nn.Module, *, r: int, lora_alpha: int, shared: bool) -> list[nn.Parameter]:
+    """Put LoRA factors on every linear of every block and return them; with `shared`, linears that share a weight share their factors."""
+    blocks = _chain(model, False)
+    factors: dict[object, tuple[nn.Parameter, nn.Parameter]] = {}
+    for i, block in enumerate(blocks):
+        for name, linear in [(n, m) for n, m in block.named_modules() if layers.is_linear(m)]:
+            adapter = LoraLinear(linear, r=r, lora_alpha=lora_alpha)
+            key = id(linear.weight) if shared else (i, name)
+            if key not in factors:
+                adapter.start(run.generator("lora", i, name))
+                factors[key] = (adapter.lora_A.requires_grad_(), adapter.lora_B.requires_grad_())
+            adapter.lora_A, adapter.lora_B = factors[key]
+            layers.swap(block, name, adapter)
+    return [p for pair in factors.values() for p in pair]
+
+
+def distillation(
+    logits: Float[Tensor, "b T V"], target: Float[Tensor, "b T W"], mask: Int[Tensor, "b T"] | None, *, temperature: float = 1.0
+) -> Float[Tensor, ""]:
+    """KL(target || logits) at a temperature, times its square; the mean over real tokens, in nats.
+
+    Raises BlockwrightError where the two have vocabularies of different sizes.
+    """
+    if logits.shape != target.shape:
+        raise BlockwrightError(
+            f"foldgpt: the student's logits are {tuple(logits.shape)}, the teacher's {tuple(target.shape)}",
+            allowed="one vocabulary for both",
+            do="Distil from a model with the same tokenizer",
+        )
+    q = log_softmax(target.float() / temperature, -1)
+    p = log_softmax(logits.float() / temperature, -1)
+    return temperature**2 * _mean(kl_div(p, q, reduction="none", log_target=True).sum(-1), mask)
+
+
+@contextmanager
+def tail(blocks: nn.ModuleList, count: int) -> Iterator[list[Tensor]]:
+    """Inside, the outputs of the last `count` blocks go into the list, the earliest first."""
+    seen: list[Tensor] = []
+    last = list(blocks)[len(blocks) - count :]
+    handles = [b.register_forward_hook(lambda m, x, out: seen.append(out[0] if isinstance(out, tuple) else out)) for b in last]
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def tail_distance(h: Float[Tensor, "b T d"], target: Float[Tensor, "b T d"], mask: Int[Tensor, "b T"] | None) -> Float[Tensor, ""]:
+    """The mean squared difference of hidden states scaled to root mean square 1, over real tokens and channels."""
+    size = h.shape[-1:]
+    return _mean((rms_norm(h, size) - rms_norm(target, size)).square().mean(-1), mask)
+
+
+def next_token_loss(logits: Float[Tensor, "b T V"], ids: Int[Tensor, "b T"], mask: Int[Tensor, "b T"] | None) -> Float[Tensor, ""]:
+    """Mean cross entropy of the next token, in nats, where it and the one before it are real."""
+    nll = cross_entropy(logits[:, :-1].float().transpose(1, 2), ids[:, 1:], reduction="none")
+    return _mean(nll, None if mask is None else mask[:, 1:] * mask[:, :-1])
+
+
+def _mean(value: Float[Tensor, "b T"], mask: Int[Tensor, "b T"] | None) -> Float[Tensor, ""]:
+    return value.mean() if mask is None else (value * mask).sum() / mask.sum().clamp(min=1)
+
+
+def _with_adapters(run: Run, student: nn.Module) -> Blueprint:
+    """The model with the student's norms and, around every linear, its LoRA factors; the linears' own tensors stay in their places."""
+    model, forms = run.model, dict(run.model.forms)
+    removed, added, memory = [], {}, {}
+
+    def keep(name: str, value: Tensor, like: str) -> None:
+        layers.check_finite(value.detach(), name)
+        place = Place(None, f"{run.stage}:{name}")
+        added[name], memory[place.name] = place, value.detach().to(model.tensors.facts(like).dtype, copy=True)
+
+    for name, module in student.named_modules():
+        if isinstance(module, LoraLinear):
+            forms[name] = module.form()
+            for old in [f"{name}.{n}" for n, _ in module.base.named_parameters()]:
+                removed.append(old)
+                added[f"{name}.base{old.removeprefix(name)}"] = model.tensors[old]
+            keep(f"{name}.lora_A", module.lora_A, f"{name}.weight")
+            keep(f"{name}.lora_B", module.lora_B, f"{name}.weight")
+    for name, norm in _norms(student).items():
+        keep(name, norm, name)
+    return model.edited(tensors=model.tensors.replaced(removed, added, memory), forms=forms)
+
+
+def _take_merged(block: Block, x: Tensor | None, y: Tensor | None, rng: torch.Generator, *, student: nn.Module) -> None:
+    """The student's norms, and its factors merged into the linears; a shared linear is treated in the first block that holds it."""
+    cured = student.get_submodule(block.name)
+    for name, linear in block.linears().items():
+        adapter = cured.get_submodule(name.removeprefix(block.name + "."))
+        linear.weight.data.copy_(adapter.plain_weight())  # type: ignore[union-attr,operator]
+    for name, norm in _norms(student).items():
+        if name.startswith(block.name + "."):
+            block.module.get_parameter(name.removeprefix(block.name + ".")).copy_(norm.detach())
+
+
+# the parts of a model, the options, the text
+
+
+def _chain(model: nn.Module, checkpointing: bool) -> nn.ModuleList:
+    """The blocks of a resident model; with `checkpointing`, they keep only their inputs for the backward pass."""
+    blocks = model.get_submodule(layers.chain_path(model))
+    assert isinstance(blocks, nn.ModuleList)
+    if checkpointing:
+        for block in blocks:
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False)  # type: ignore[method-assign]
+    return blocks
+
+
+def _norms(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Vectors of the blocks that belong to no linear, by full name."""
+    path = layers.chain_path(model) + "."
+    found: dict[str, nn.Parameter] = {}
+    for name, module in model.named_modules():
+        if name.startswith(path) and not isinstance(module, LoraLinear) and not layers.is_linear(module):
+            found |= {f"{name}.{n}": p for n, p in module.named_parameters(recurse=False) if p.dim() == 1}
+    return found
+
+
+def _own_tensors(model: Blueprint) -> set[str]:
+    """Names inside a block of the vectors that belong to no linear, and of buffers: each block keeps its own."""
+    skeleton = model.skeleton()
+    path = layers.chain_path(skeleton)
+    names = {name.removeprefix(path + ".").partition(".")[2] for name in _norms(skeleton)}
+    return names | {name.removeprefix(path + ".").partition(".")[2] for name, _ in skeleton.named_buffers() if name.startswith(path + ".")}
+
+
+def _types(model: Blueprint) -> list[str]:
+    """The attention type of each block, where the config tells them apart."""
+    types = getattr(model.config, "layer_types", None) or ["block"] * layers.num_blocks(model.config)
+    return [str(t) for t in types]
+
+
+class Feed:
+    """Training batches from the calibration windows of a run."""
+
+    def __init__(self, run: Run, batch_size: int, max_seq_length: int) -> None:
+        if run.calibration is None:
+            raise BlockwrightError(f"{run.stage}: needs calibration text", do="Give `calibration:` in the recipe, or calibration=token_ids")
+        if max_seq_length < 2:
+            raise BlockwrightError(f"foldgpt: max_seq_length={max_seq_length}", allowed="2 or more", do="Try 128")
+        self.ids, self.mask, self.size, self.length = run.calibration, run.mask, batch_size, min(max_seq_length, run.calibration.shape[1])
+
+    def draw(self, rng: torch.Generator) -> tuple[Int[Tensor, "b T"], Int[Tensor, "b T"] | None]:
+        """Random windows, each cut to a run of `length` tokens, and their mask, on the generator's device."""
+        spare = self.ids.shape[1] - self.length
+        rows = torch.randint(len(self.ids), (self.size,), generator=rng, device=rng.device).cpu()
+        start = torch.randint(spare + 1, (self.size,), generator=rng, device=rng.device).cpu()
+        if self.mask is not None:
+            start = self.mask[rows].argmax(1).cpu().clamp(max=spare)
+        at = start[:, None] + torch.arange(self.length)
+        ids = self.ids[rows[:, None], at].to(rng.device)
+        return ids, None if self.mask is None else self.mask[rows[:, None], at].to(rng.device)
+
+
+def _check_model(model: Blueprint) -> None:
+    adapter = next((f"the model carries an adapter ({n})" for n in model.tensors if ".lora_A." in n or ".base_layer." in n), None)
+    form = next((f"{name} is {f['form'].replace('_', ' ')}" for name, f in model.forms.items()), None)
+    if adapter or form:
+        raise BlockwrightError(
+            f"foldgpt: {adapter or form}",
+            allowed="a dense model",
+            do="Merge its adapter first (merge_and_unload), or put foldgpt before the other stages",
+        )
+
+
+def _check_positive(options: dict[str, float | int]) -> None:
+    for name, value in options.items():
+        if not (math.isfinite(value) and value > 0):
+            raise BlockwrightError(f"foldgpt: {name}={value}", allowed="a positive number", do="Leave it out for the default")
+
+
+def _check_words(options: dict[str, tuple[str, tuple[str, ...]]]) -> None:
+    for name, (value, known) in options.items():
+        if value not in known:
+            raise BlockwrightError(f"foldgpt: {name}={value!r}", allowed=", ".join(known))
+
+
+def _guarded(protect: list[int], total: int) -> set[int]:
+    """Numbers of protected blocks, counted from the start."""
+    for i in protect:
+        if not -total <= i < total:
+            raise BlockwrightError(f"foldgpt: protect={protect}", allowed=f"block numbers from {-total} to {total - 1}", do="Try [0]")
+    return {i % total for i in protect}
+
+
+def _num_removed(remove: float, total: int, free: int) -> int:
+    """remove * total, to the nearest number of blocks, halves up."""
+    if not 0 <= remove < 1:
+        raise BlockwrightError(f"foldgpt: remove={remove}", allowed="0 <= remove < 1", do="Try remove=0.1")
+    count = math.floor(remove * total + 0.5)
+    if count and count >= free:
+        raise BlockwrightError(
+            f"foldgpt: remove={remove} deletes {count} of {total} blocks, of which {free} are not protected",
+            allowed=f"fewer than {free} blocks",
+            do="Delete less, or protect fewer blocks",
+        )
+    return count

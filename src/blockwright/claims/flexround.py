@@ -174,7 +174,7 @@ def _large(model: nn.Module, calibration: Int[Tensor, "n T"], evaluation: Int[Te
             "FlexRound": lambda grid=grid: flexround(model, calibration=calibration, seed=seed, iters=iters, **grid),
         }
         for name, make in made.items():
-            value = _perplexity(make(), evaluation)
+            value = meter.perplexity(make(), evaluation)
             gap.setdefault(setting, {})[name] = value - dense
             rows.append({"grid": setting, "method": name, "perplexity": value})
     n, t = calibration.shape

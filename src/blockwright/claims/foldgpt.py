@@ -73,8 +73,8 @@ def claim(*, seed: int = 0, device: str = "cpu") -> Claim:
             series={"not cured": list(found.items()), "cured": list(cured.items())},
         ),
         notes=[
-            "Llama of 8 layers, width 128, trained here for 300 steps on bytes of the Python language reference; evaluation is disjoint",
-            f"The shared stack has {size['shared'] / size['dense']:.0%} of the dense one's parameters, adapters included; 4 blocks have 50 %",
+            "Llama of 8 layers, width 128, trained here for 300 steps on bytes of the Python language reference; disjoint evaluation",
+            f"The shared stack has {size['shared'] / size['dense']:.0%} of the dense parameters, adapters included; 4 blocks have 50 %",
             "All sides are cured for the same 60 steps of 8 x 128 bytes with the same rates",
         ],
     )

@@ -1,5 +1,8 @@
 """Int4/int8 weights with one scale per group of inputs, for small-batch decoding that is bound by weight bytes. Needs no data.
 
+Use it when a model must be smaller now and no text is at hand, or as the first thing to try. Not for 3 bits, nor for 4 bits with one
+scale a row, where learned rounding keeps far more; and not to speed up large batches, which are bound by arithmetic.
+
 FineQuant, arXiv 2308.09723, with the grids of MoQE, arXiv 2310.02410, and of FasterTransformer.
 Re-measure its claim: `blockwright reproduce finequant`.
 """

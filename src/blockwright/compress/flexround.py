@@ -1,7 +1,8 @@
 """Low-bit weights whose rounding is learned block by block: each weight has a divisor of its own, so a large one may move several steps.
 
-For 3 to 5 bits, with a few dozen unlabelled samples and minutes of time; better than rounding to nearest, and as cheap to run. FlexRound,
-arXiv 2306.00317; `rank` gives LRQ, arXiv 2407.11534. Re-measure its claim: `blockwright reproduce flexround`.
+Use it for 3 to 5 bits, with a few dozen unlabelled samples and minutes of time; what it writes is as cheap to run as with rounding to
+nearest. Not at 8 bits, where rounding to nearest loses next to nothing, and not where no text like that of the later use is at hand.
+FlexRound, arXiv 2306.00317; `rank` gives LRQ, arXiv 2407.11534. Re-measure its claim: `blockwright reproduce flexround`.
 """
 
 import math

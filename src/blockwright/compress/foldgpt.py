@@ -1,8 +1,10 @@
 """Fewer and shared blocks for devices with little memory: deletes the blocks of a language model that jointly trained gates close, lets
 neighbours among the rest use one block's weights, and repairs the result by a little training against the dense model.
 
-FoldGPT, arXiv 2407.00928. The ranking to compare with is ShortGPT's block influence, arXiv 2403.03853; an adapter of its own for each block
-that uses shared weights is from arXiv 2410.20672. Re-measure its claim: `blockwright reproduce foldgpt`.
+Use it when depth must go: delete blocks for latency, share them for memory alone. Not without text to train on, nor where the result must
+stay close to the dense model: at the same size quantised weights lose less. FoldGPT, arXiv 2407.00928. The ranking to compare with is
+ShortGPT's block influence, arXiv 2403.03853; an adapter of its own for each block that uses shared weights is from arXiv 2410.20672.
+Re-measure its claim: `blockwright reproduce foldgpt`.
 """
 
 import math

@@ -627,7 +627,7 @@ def test_gptq_by_hand_and_better_than_nearest():
 
 def test_the_claims_run_at_a_tiny_size(monkeypatch):
     monkeypatch.setattr(claims, "GRID", (3e-3, 3e-2))
-    monkeypatch.setattr(claims, "_trained", lambda ids, steps, seed: tiny(vocab_size=128, num_hidden_layers=2))
+    monkeypatch.setattr(claims, "trained", lambda ids, layers, steps, seed: tiny(vocab_size=128, num_hidden_layers=2))
     small = claims._small(0, iters=3, tuning_iters=2, num=2)
     large = claims._large(tiny(), tokens(), tokens(n=3), iters=2, seed=0)
     for made, rival in ((small, "AdaRound"), (large, "GPTQ")):

@@ -7,6 +7,7 @@ with the scores of Wanda, arXiv 2306.11695, and SparseGPT, arXiv 2301.00774. Re-
 
 import math
 import re
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -35,6 +36,7 @@ CARD = {
 }
 
 SAMPLE = 2048  # tokens in a sample of the official code: what errors are summed over
+WEIGHTS_AT_ONCE = 2**22  # whose rows are refined together: enough to be fast, little memory
 
 
 @stage
@@ -194,7 +196,7 @@ def refine(
     max_cycles, update_threshold, pow_of_var_regrowing, accept : see `dsnot`.
     Returns the new mask, with as many kept in each row (or group), and the error [N] fp64 that is left.
     Raises BlockwrightError, with `name`, for statistics that are not finite and for weights that are pruned already without dense_NK.
-    Memory: about ten fp32 copies of w. Source: arXiv 2310.08915, algorithm 1; github.com/zyxxmu/DSnoT.
+    Memory: about ten fp32 copies of a few million weights. Source: arXiv 2310.08915, algorithm 1; github.com/zyxxmu/DSnoT.
     """
     layers.check_finite(torch.stack([mean_K, var_K]), f"calibration inputs of {name}: mean or variance")
     if dense_NK is not None:
@@ -204,18 +206,46 @@ def refine(
             f"dsnot: {name}: DSnoT needs the dense weights; got an already pruned tensor and no original",
             do="Start from the dense model, or call blockwright.compress.dsnot.refine with dense_NK",
         )
+    swap = partial(
+        _refine_rows,
+        mean_K=mean_K,
+        var_K=var_K.clamp(min=1e-12),
+        group=group,
+        count=min(max_cycles, w_NK.shape[1]),
+        threshold=update_threshold,
+        power=pow_of_var_regrowing,
+        accept=accept,
+    )
+    few = max(1, WEIGHTS_AT_ONCE // max(1, w_NK.shape[1]))
+    parts = [swap(w_NK[i : i + few], keep_NK[i : i + few], score_NK[i : i + few]) for i in range(0, max(1, len(w_NK)), few)]
+    masks, errors = zip(*parts, strict=True)
+    return torch.cat(masks), torch.cat(errors)
+
+
+def _refine_rows(
+    w_NK: Tensor,
+    keep_NK: Tensor,
+    score_NK: Tensor,
+    *,
+    mean_K: Tensor,
+    var_K: Tensor,
+    group: int | None,
+    count: int,
+    threshold: float,
+    power: float,
+    accept: str,
+) -> tuple[Tensor, Tensor]:
+    """`refine` for some rows."""
     d_NK = w_NK.float() * (SAMPLE * mean_K).to(w_NK.device, torch.float32)
     error_N = (d_NK * ~keep_NK).double().sum(1)
-    count = min(max_cycles, w_NK.shape[1])
-    if not count or not bool((error_N.abs() > update_threshold).any()):
+    if not count or not bool((error_N.abs() > threshold).any()):
         return keep_NK.clone(), error_N
-    var_K = var_K.clamp(min=1e-12)
-    gain_NK = (d_NK / (var_K**pow_of_var_regrowing).to(w_NK.device, torch.float32)).abs()
+    gain_NK = (d_NK / (var_K**power).to(w_NK.device, torch.float32)).abs()
     spread_NK = w_NK.float() * (SAMPLE * var_K.sqrt()).to(w_NK.device, torch.float32)
     given = (d_NK, spread_NK, keep_NK.clone(), score_NK, gain_NK, error_N)
     if group is None:
-        return _swap_in_rows(*given, count=count, threshold=update_threshold, accept=accept)
-    return _swap_in_groups(*given, count=count, threshold=update_threshold, accept=accept, group=group)
+        return _swap_in_rows(*given, count=count, threshold=threshold, accept=accept)
+    return _swap_in_groups(*given, count=count, threshold=threshold, accept=accept, group=group)
 
 
 def _swap_in_rows(

@@ -102,7 +102,7 @@ def _large(
     new_tokens: int,
     seed: int,
 ) -> Claim:
-    """A fifth of the blocks deleted, the rest in pairs on one block's weights, cured. near: text of the calibration's kind; far: of another."""
+    """A fifth of the blocks gone, the rest in pairs on one block's weights, cured; near is text of the calibration's kind, far is not."""
     dense, device, length = Blueprint.of_module(model), model.device, calibration.shape[1]
     total = layers.num_blocks(dense.config)
     gone = round(0.2 * total)

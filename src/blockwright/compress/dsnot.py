@@ -263,25 +263,27 @@ def _swap_in_rows(
     queues = _queues(d_NK, keep_NK, score_NK, gain_NK, count)
     grow, prune = queues[:2], queues[2:]  # side 0 serves e > 0 and side 1 e < 0; a swap takes the next of both queues of a side
     possible = (grow >= 0) & (prune >= 0)
-    rows = torch.arange(len(d_NK), device=d_NK.device)
+    rows = torch.arange(len(d_NK), device=d_NK.device)  # that still swap
     at = rows[:, None]
     change = d_NK[at, prune].double() - d_NK[at, grow].double()  # of e, and below of the variance, by each swap
     variance = spread_NK[at, prune].double() ** 2 - spread_NK[at, grow].double() ** 2
     used = torch.zeros(2, len(d_NK), dtype=torch.long, device=d_NK.device)
     first = error_N.sign()
     for _ in range(count):
-        side = (error_N < 0).long()
+        error = error_N[rows]
+        side = (error < 0).long()
         place = used[side, rows]
-        after = error_N + change[side, rows, place]
-        swapped = possible[side, rows, place] & (error_N.abs() > threshold)
+        after = error + change[side, rows, place]
+        swaps = possible[side, rows, place] & (error.abs() > threshold)
         if accept == "lower":
-            swapped &= after**2 + variance[side, rows, place] < error_N**2
+            swaps &= after**2 + variance[side, rows, place] < error**2
         elif accept == "same_sign":
-            swapped &= after.sign() == first
-        if not bool(swapped.any()):  # a row that did not swap has nothing that could make it swap later
+            swaps &= after.sign() == first[rows]
+        rows, side, after = rows[swaps], side[swaps], after[swaps]
+        if not len(rows):
             break
-        error_N = torch.where(swapped, after, error_N)
-        used[side, rows] += swapped
+        error_N[rows] = after
+        used[side, rows] += 1
     taken = torch.arange(count, device=d_NK.device) < used[:, :, None]
     _, row, _ = taken.nonzero(as_tuple=True)
     keep_NK[row, grow[taken]] = True
@@ -304,28 +306,31 @@ def _swap_in_groups(
 ) -> tuple[Tensor, Tensor]:
     first = error_N.sign()  # the sign of e as long as a row is active
     cost_NK = score_NK.masked_fill(~keep_NK, torch.inf)  # of pruning a weight; infinite where it was pruned or swapped before
-    rows = torch.arange(len(d_NK), device=d_NK.device)
+    rows = torch.arange(len(d_NK), device=d_NK.device)  # that are active
     grow = _queues(d_NK, keep_NK, score_NK, gain_NK, count)[(first < 0).long(), rows]
     inside = torch.arange(group, device=d_NK.device)
-    active = torch.ones_like(rows, dtype=torch.bool)
-    for comes in grow.unbind(1):
+    for i in range(count):
+        comes = grow[rows, i]
         members = (comes.clamp(min=0) // group * group)[:, None] + inside
-        least, place = cost_NK.gather(1, members).min(1)
+        least, place = cost_NK[rows[:, None], members].min(1)
         goes = members.gather(1, place[:, None])[:, 0]
-        after = error_N + d_NK[rows, goes].double() - d_NK[rows, comes].double()
-        accepted = after.sign() == first
+        error = error_N[rows]
+        after = error + d_NK[rows, goes].double() - d_NK[rows, comes].double()
+        accepted = after.sign() == first[rows]
         if accept == "lower":
             variance = spread_NK[rows, goes].double() ** 2 - spread_NK[rows, comes].double() ** 2
-            accepted &= after**2 + variance < error_N**2
+            accepted &= after**2 + variance < error**2
         possible = least < torch.inf
-        active &= (error_N.abs() > threshold) & (comes >= 0) & (accepted | ~possible)
-        if not bool(active.any()):
+        active = (error.abs() > threshold) & (comes >= 0) & (accepted | ~possible)
+        swaps = active & possible
+        row, comes, goes = rows[swaps], comes[swaps], goes[swaps]
+        error_N[row] = after[swaps]
+        keep_NK[row, comes] = True
+        keep_NK[row, goes] = False
+        cost_NK[row, goes] = torch.inf
+        rows = rows[active]
+        if not len(rows):
             break
-        swapped = active & possible
-        error_N = torch.where(swapped, after, error_N)
-        keep_NK[rows[swapped], comes[swapped]] = True
-        keep_NK[rows[swapped], goes[swapped]] = False
-        cost_NK[rows[swapped], goes[swapped]] = torch.inf
     return keep_NK, error_N
 
 

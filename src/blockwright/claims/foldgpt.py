@@ -108,9 +108,9 @@ def _large(
     gone = round(0.2 * total)
     with _tf32():
         options = {"seed": seed, "batch_size": batch_size, "max_seq_length": length}
-        choose = partial(_chosen, model, calibration, gate_steps=gate_steps, **options)
+        choose: Any = partial(_chosen, model, calibration, gate_steps=gate_steps, **options)
         kept = {"gates": choose(gone), "influence": choose(gone, ranking="influence")}
-        cure = partial(_folded, model, calibration, cure_steps=cure_steps, cure_lr=1e-3, norm_lr=1e-3, r=4, lora_alpha=8, **options)
+        cure: Any = partial(_folded, model, calibration, cure_steps=cure_steps, cure_lr=1e-3, norm_lr=1e-3, r=4, lora_alpha=8, **options)
         made = {
             "dense": dense,
             "deleted, by gates": dense.with_layers(kept["gates"]),

@@ -103,10 +103,10 @@ LORA = dict(remove=0.0, gate_steps=0, r=2, cure_steps=3, cure_lr=1e-2)
 
 @pytest.mark.parametrize("i", [0, 3, 5])
 def test_open_gates_are_the_model_and_a_closed_one_is_a_deleted_block(i):
-    model, g = trained(), torch.ones(6)
+    model, g = trained(), torch.ones(1, 6)
     with method.gated(model.model.layers, lambda: g):
         assert (logits_of(model) - logits_of(without(model, []))).abs().max() <= 1e-5
-        g = torch.ones(6).index_fill(0, torch.tensor(i), 0.0)
+        g = torch.ones(1, 6).index_fill(1, torch.tensor(i), 0.0)
         assert (logits_of(model) - logits_of(without(model, [i]))).abs().max() <= 1e-5
     assert torch.equal(logits_of(model), logits_of(without(model, [])))  # the hooks are gone
 
@@ -134,7 +134,7 @@ def test_the_gradient_of_the_gates_goes_through_the_budget():
 def gates_of(model, num_removed, free, ids=None, steps=100, **options):
     run = Run(Blueprint.of_module(model), calibration=text() if ids is None else ids)
     feed = method.Feed(run, 8, 24)
-    return method.train_gates(run, feed, free=free, num_removed=num_removed, steps=steps, **{"lr": 0.1, "lam": 1.0, **options})
+    return method.train_gates(run, feed, free=free, num_removed=num_removed, steps=steps, **{"lr": 0.1, "lam": 2.0, **options})
 
 
 @pytest.mark.parametrize("num_removed", [1, 2, 3])
@@ -322,7 +322,7 @@ def test_distillation_from_oneself_is_zero_and_so_is_its_gradient():
 def test_losses_by_hand():
     rng = torch.Generator().manual_seed(3)
     s, t, ids = torch.randn(2, 3, 4, generator=rng), torch.randn(2, 3, 4, generator=rng), torch.tensor([[0, 3, 1], [2, 2, 0]])
-    mask = torch.tensor([[1, 1, 0], [1, 1, 1]])
+    mask = torch.tensor([[1, 1, 0], [0, 1, 1]])
     real = [(b, i) for b in range(2) for i in range(3) if mask[b, i]]
 
     def chances(row, temperature):
@@ -334,8 +334,8 @@ def test_losses_by_hand():
         p, q = chances(s[b, i], 2.0), chances(t[b, i], 2.0)
         kl += sum(y * math.log(y / x) for x, y in zip(p, q, strict=True))
     assert method.distillation(s, t, mask, temperature=2.0).item() == pytest.approx(4 * kl / len(real), rel=1e-5)
-    nll = [-math.log(chances(s[b, i], 1.0)[ids[b, i + 1]]) for b, i in ((0, 0), (1, 0), (1, 1))]
-    assert method.next_token_loss(s, ids, mask).item() == pytest.approx(sum(nll) / 3, rel=1e-5)
+    nll = [-math.log(chances(s[b, i], 1.0)[ids[b, i + 1]]) for b, i in ((0, 0), (1, 1))]
+    assert method.next_token_loss(s, ids, mask).item() == pytest.approx(sum(nll) / 2, rel=1e-5)
     drift = 0.0
     for b, i in real:
         x, y = s[b, i].tolist(), t[b, i].tolist()
@@ -365,6 +365,28 @@ def test_curing_brings_a_folded_model_back_towards_the_dense_one():
     assert len(lora) == 5 * 7 and len({m.lora_A.data_ptr() for m in lora}) == 5 * 7  # each block its own
     assert not any(isinstance(m, LoraLinear) for m in shared.modules())
     assert len(set(storages(shared))) == len(set(storages(hurt))) == len(set(storages(cured, "q_proj.base.weight"))) == 3
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_factors_are_private_or_shared_like_the_weights(shared):
+    run = Run(Blueprint.of_module(trained()), calibration=text())
+    student = foldgpt(trained(), calibration=text(), **dict(SHARED, remove=0.0))  # 6 blocks, 4 of them stored
+    factors = method.add_lora(run, student, r=2, lora_alpha=4, shared=shared)
+    assert len(factors) == 2 * 7 * (4 if shared else 6) and len({id(p) for p in factors}) == len(factors)
+    lora = [m for m in student.modules() if isinstance(m, LoraLinear)]
+    for a, b in itertools.combinations(lora, 2):
+        assert (a.lora_A is b.lora_A) == (a.lora_B is b.lora_B) == (shared and a.base.weight is b.base.weight)
+
+
+def test_the_teacher_is_the_dense_model_and_the_rates_fall_to_nothing(monkeypatch):
+    built, rates, build, step = [], [], Blueprint.build, torch.optim.AdamW.step
+    monkeypatch.setattr(Blueprint, "build", lambda self, **kw: built.append(self) or build(self, **kw))
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda self: rates.append([g["lr"] for g in self.param_groups]) or step(self))
+    run = Run(Blueprint.of_module(trained()), calibration=text())
+    foldgpt(run, **CURED, ranking="influence", norm_lr=1e-3)
+    teacher, student = built
+    assert teacher is run.entered and len(teacher.tensors) > 0 and student.origin == run.model.origin != ()
+    assert rates == [pytest.approx([1e-2 * left, 1e-3 * left]) for left in (1.0, 0.75, 0.5, 0.25)]
 
 
 def test_each_loss_of_the_cure_counts():
@@ -414,6 +436,15 @@ def test_batches_are_runs_of_the_windows():
     assert got.shape == (40, 7) and mask is None
     assert (got.diff(dim=1) == 1).all() and (got[:, 0] // 12 == got[:, -1] // 12).all()
     assert {int(v) % 12 for v in got[:, 0]} == set(range(6)) and {int(v) // 12 for v in got[:, 0]} == set(range(5))
+
+
+def test_batches_of_padded_windows_start_at_the_first_real_token():
+    ids, mask = torch.arange(36).view(3, 12), torch.ones(3, 12, dtype=torch.long)
+    mask[0, :4] = mask[1, 9:] = mask[2, :8] = 0
+    feed = method.Feed(Run(Blueprint.of_module(llama(1)), calibration=ids, mask=mask), 40, 7)
+    got, real = feed.draw(torch.Generator().manual_seed(0))
+    assert {int(v) for v in got[:, 0]} == {4, 12, 24 + 5}  # the third has room for its last 7 tokens only
+    assert torch.equal(real, mask.flatten()[got])
 
 
 # other models, other dtypes

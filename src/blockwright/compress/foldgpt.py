@@ -62,7 +62,7 @@ def foldgpt(
     ranking: Literal["gates", "influence"] = "gates",
     gate_steps: Count = 40,
     gate_lr: Rate = 0.1,
-    lam: Rate = 1.0,
+    lam: Rate = 2.0,
     cure_steps: Count = 0,
     cure_lr: Rate = 1e-4,
     norm_lr: Rate = 1e-3,
@@ -204,29 +204,29 @@ def influence(run: Run) -> list[float]:
     return [facts["similarity"] for facts in run.blocks(visit, inputs="dense", target=True)]
 
 
-def gate(u: Float[Tensor, " F"], num_open: int) -> Float[Tensor, " F"]:
-    """G(m) = m^2 / (m^2 + eps), a smoothed L0 norm, where m^2 = exp(u), and eps > 0 such that the gates sum to num_open, 0 < num_open < F.
+def gate(u: Float[Tensor, "*b F"], num_open: int) -> Float[Tensor, "*b F"]:
+    """G(m) = m^2 / (m^2 + eps), a smoothed L0 norm, where m^2 = exp(u), and eps > 0 such that a row sums to num_open, 0 < num_open < F.
 
     Differentiable, through eps too: what one gate gains the others lose. eps is found by bisection of its logarithm in fp64.
     """
-    low, high = (float(v) for v in u.detach().double().aminmax())
-    low, high = low - 40, high + 40
+    x = u.detach().double()
+    low, high = x.amin(-1, keepdim=True) - 40, x.amax(-1, keepdim=True) + 40
     for _ in range(64):
         middle = (low + high) / 2
-        low, high = (middle, high) if torch.sigmoid(u.detach().double() - middle).sum() > num_open else (low, middle)
-    slope = torch.sigmoid(u.detach() - low)
-    slope = slope * (1 - slope)
-    log_eps = low + (slope * (u - u.detach())).sum() / slope.sum().clamp(min=torch.finfo(u.dtype).tiny)
-    return torch.sigmoid(u - log_eps)
+        over = torch.sigmoid(x - middle).sum(-1, keepdim=True) > num_open
+        low, high = torch.where(over, middle, low), torch.where(over, high, middle)
+    slope = torch.sigmoid(x - low) * torch.sigmoid(low - x)
+    share = slope / slope.sum(-1, keepdim=True).clamp(min=torch.finfo(torch.float64).tiny)
+    return torch.sigmoid(u - low.to(u) - (share.to(u) * (u - u.detach())).sum(-1, keepdim=True))
 
 
 @contextmanager
-def gated(blocks: nn.ModuleList, gates: Callable[[], Float[Tensor, " L"]]) -> Iterator[None]:
-    """Inside, block i hands on x + g_i (block_i(x) - x) with g = gates(): the model itself at 1, the block deleted at 0."""
+def gated(blocks: nn.ModuleList, gates: Callable[[], Float[Tensor, "b L"]]) -> Iterator[None]:
+    """Inside, block i hands on x + g_i (block_i(x) - x): itself at 1, deleted at 0. g = gates() has one row a sample, or one for all."""
 
     def hook(i: int) -> Callable[..., Any]:
         def blend(block: nn.Module, inputs: tuple[Any, ...], output: Any) -> Any:
-            x, g = inputs[0], gates()[i]
+            x, g = inputs[0], gates()[:, i, None, None]
             if isinstance(output, tuple):
                 return (x + g * (output[0] - x), *output[1:])
             return x + g * (output - x)
@@ -246,30 +246,35 @@ def train_gates(
 ) -> list[float]:
     """The gate G of each block after training; those of blocks not in `free` are 1. No weight changes.
 
-    loss = cross entropy + lam sum G (1 - G), where lam rises from 0 over the last two thirds of the steps: gates first find their order,
-    then close or open fully. The budget, sum G = L - num_removed, holds at every step (see `gate`), so that no penalty has to be balanced
-    against the loss. Source: arXiv 2407.00928 names gates trained together, a polarising optimisation and a constraint; the formulas are a
-    reading of it.
+    In each window the gates are drawn: the num_open blocks highest in u + logistic noise run, the others do not. So what is learned is the
+    loss of smaller models, not that of one whose blocks are all half there. The gradient goes through the soft gates of the same draw
+    (straight through): over the draws it compares each block open and closed among changing others.
+    loss = cross entropy + lam sum G (1 - G), where G are the gates of u without noise, and lam rises from 0 over the last two thirds of the
+    steps, so that gates close or open fully. The budget, sum G = L - num_removed, holds at every step (see `gate`): no penalty has to be
+    balanced against the loss. Source: arXiv 2407.00928 names gates trained together, a polarising optimisation and a constraint; the
+    formulas are a reading of it.
     """
     model = run.model.build(device=run.device, dtype=torch.float32)
     blocks = _chain(model, checkpointing)
     u = nn.Parameter(torch.zeros(len(free), device=run.device))
-    at = torch.tensor(free, device=run.device)
-    g_L = torch.ones(len(blocks), device=run.device)
+    at, num_open = torch.tensor(free, device=run.device), len(free) - num_removed
+    g_bL = torch.ones(1, len(blocks), device=run.device)
 
     def loss(i: int, rng: torch.Generator) -> Tensor:
-        nonlocal g_L
-        gates = gate(u, len(free) - num_removed)
-        g_L = torch.ones(len(blocks), device=run.device).index_put((at,), gates)
+        nonlocal g_bL
         ids, mask = feed.draw(rng)
+        drawn = u + torch.logit(torch.rand(len(ids), len(free), generator=rng, device=run.device), eps=1e-6)
+        soft = gate(drawn, num_open)
+        hard = torch.zeros_like(soft).scatter(1, drawn.topk(num_open).indices, 1.0)
+        g_bL = torch.ones(len(ids), len(blocks), device=run.device).index_copy(1, at, hard + soft - soft.detach())
         logits = model(ids, attention_mask=mask, use_cache=False).logits
         push = max(0.0, (i / max(1, steps - 1) - FREE) / (1 - FREE))
-        return next_token_loss(logits, ids, mask) + lam * push * (gates * (1 - gates)).sum()
+        g_F = gate(u, num_open)
+        return next_token_loss(logits, ids, mask) + lam * push * (g_F * (1 - g_F)).sum()
 
-    with gated(blocks, lambda: g_L):
+    with gated(blocks, lambda: g_bL):
         run.curves["gates: loss"] = run.train(loss, torch.optim.Adam([u], lr=lr, betas=BETAS), steps=steps)
-    final = gate(u.detach(), len(free) - num_removed)
-    return torch.ones(len(blocks), device=run.device).index_put((at,), final).tolist()
+    return torch.ones(len(blocks), device=run.device).index_copy(0, at, gate(u.detach(), num_open)).tolist()
 
 
 # sharing

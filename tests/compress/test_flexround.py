@@ -273,7 +273,7 @@ def test_every_rounding_up_or_down_can_be_reached_and_more(seed):
         assert torch.equal(r.fold().codes, want.to(torch.int8))
 
 
-def block_losses(dense, model, ids):
+def block_losses(dense, model, ids, normalize=False):
     """Of each block: the squared error of its output against the dense model's; summed over tokens, mean over samples and features."""
     seen = []
     for m in (dense, model):
@@ -284,10 +284,11 @@ def block_losses(dense, model, ids):
         for h in handles:
             h.remove()
         seen.append(outputs)
-    return [float((a - b).double().square().sum(1).mean()) for a, b in zip(*seen, strict=True)]
+    sizes = [a.double().square().mean(-1, keepdim=True) if normalize else 1.0 for a in seen[0]]
+    return [float(((a - b).double().square() / size).sum(1).mean()) for a, b, size in zip(*seen, sizes, strict=True)]
 
 
-OPTIONS = dict(bits=3, group_size=-1, iters=60, lr=0.01, batch_size=4, amp=False)
+OPTIONS = dict(bits=3, group_size=-1, iters=60, lr=0.01, batch_size=4, normalize=False, amp=False)
 
 
 def test_no_block_ends_worse_than_rounding_to_nearest():
@@ -302,15 +303,31 @@ def test_no_block_ends_worse_than_rounding_to_nearest():
     assert got[-1] < 0.5 * block_losses(dense, nearest, ids)[-1]  # and the errors of earlier blocks are made up for
 
 
-def test_losses_are_those_of_the_whole_model(monkeypatch):
+@pytest.mark.parametrize("normalize", [False, True])
+def test_losses_are_those_of_the_whole_model(monkeypatch, normalize):
     dense, ids, facts = tiny(num_hidden_layers=1), tokens(), []
     monkeypatch.setattr(method, "reconstruct", lambda *args, **options: facts.append(reconstruct(*args, **options)) or facts[-1])
     for iters in (0, 1):
-        result = flexround(dense, calibration=ids, **(OPTIONS | {"iters": iters, "batch_size": 8}))
-        assert facts[-1]["loss"] == pytest.approx(block_losses(dense, result, ids)[0], rel=1e-5)
+        result = flexround(dense, calibration=ids, **(OPTIONS | {"iters": iters, "batch_size": 8, "normalize": normalize}))
+        assert facts[-1]["loss"] == pytest.approx(block_losses(dense, result, ids, normalize)[0], rel=1e-5)
     assert facts[1]["losses"] == [
         pytest.approx(facts[0]["loss"], rel=1e-5)
     ]  # the first step is taken from rounding to nearest; not in bf16
+
+
+def test_a_token_of_enormous_size_does_not_rule_the_loss():
+    w = torch.randn(8, 8, generator=torch.Generator().manual_seed(0))
+    x = torch.randn(16, 6, 8, generator=torch.Generator().manual_seed(1))
+    x[:, 0] = 1000 * x[0, 0]  # the first token of each sample, as with attention sinks
+    y, error = x @ w.T, {}
+    for normalize in (False, True):
+        block = one_linear(w)
+        roundings = {"layers.0.0": rounding(w, 3, "tensor", -1, True)}
+        reconstruct(
+            block, roundings, x, y, torch.Generator().manual_seed(0), iters=150, lr=0.01, batch_size=8, normalize=normalize, amp=False
+        )
+        error[normalize] = float((block.outputs(x) - y)[:, 1:].square().mean())
+    assert error[True] < 0.8 * error[False]
 
 
 def test_the_best_codes_are_kept_not_the_last():
@@ -627,8 +644,8 @@ def test_gptq_by_hand_and_better_than_nearest():
 
 def test_the_claims_run_at_a_tiny_size(monkeypatch):
     monkeypatch.setattr(claims, "GRID", (3e-3, 3e-2))
-    monkeypatch.setattr(claims, "trained", lambda ids, layers, steps, seed: tiny(vocab_size=128, num_hidden_layers=2))
-    small = claims._small(0, iters=3, tuning_iters=2, num=2)
+    monkeypatch.setattr(claims, "trained", lambda ids, **sizes: tiny(vocab_size=128, num_hidden_layers=2))
+    small = claims._small(0, iters=3, num=2)
     large = claims._large(tiny(), tokens(), tokens(n=3), iters=2, seed=0)
     for made, rival in ((small, "AdaRound"), (large, "GPTQ")):
         assert len(made.parts) == 3 and all(rival in made.parts[i].name for i in (0, 2))

@@ -18,10 +18,10 @@ WHOLE = "model = LlamaForCausalLM.from_pretrained(sys.argv[1], dtype='auto')\n[p
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A folder that holds `model`: 24 blocks, 135 MB in bf16."""
+    """A folder that holds `model`: 48 blocks, 271 MB in bf16."""
     scratch = tmp_path_factory.mktemp("streaming")
     config = LlamaConfig(
-        vocab_size=91, hidden_size=512, intermediate_size=1408, num_hidden_layers=24, num_attention_heads=8, num_key_value_heads=2
+        vocab_size=91, hidden_size=512, intermediate_size=1408, num_hidden_layers=48, num_attention_heads=8, num_key_value_heads=2
     )
     streaming.write_model(scratch / "model", config, blocks_per_file=6)
     return scratch
@@ -34,7 +34,7 @@ def test_the_random_model_is_whole_and_the_same_every_time(folder, tmp_path):
     files = sorted(p.name for p in (tmp_path / "a").glob("*.safetensors"))
     assert len(files) == 3 and all((tmp_path / "a" / f).read_bytes() == (tmp_path / "b" / f).read_bytes() for f in files)
     index = json.loads((folder / "model" / "model.safetensors.index.json").read_text())["weight_map"]
-    assert len(set(index.values())) == 5 and len(index) == 24 * 9 + 3
+    assert len(set(index.values())) == 9 and len(index) == 48 * 9 + 3
     with safe_open(folder / "model" / index["model.layers.7.mlp.up_proj.weight"], "pt") as f:
         w = f.get_tensor("model.layers.7.mlp.up_proj.weight")
     assert w.dtype == torch.bfloat16 and w.shape == (1408, 512) and float(w.float().std()) == pytest.approx(0.02, rel=0.01)
@@ -46,7 +46,7 @@ def test_a_job_holds_some_blocks_and_not_the_model(folder, monkeypatch):
     )  # small tensors too go back to the system when they are freed, as large ones do
     found = streaming.peaks(folder, streaming.STAGES, length=32, setup=SMALL_FILES)
     whole = meter.peak_rss("-c", streaming.LOADED + WHOLE, str(folder / "model")) - found["loaded"]
-    limit = 0.75 * found["bytes"]
+    limit = 0.65 * found["bytes"]
     assert whole > 0.95 * found["bytes"] > limit  # loading everything breaks the limit
     for stage, numbers in found["stages"].items():
         assert numbers["peak_bytes"] < limit, stage

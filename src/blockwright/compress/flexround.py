@@ -57,12 +57,13 @@ def flexround(
     group_size: GroupSize = 32,
     symmetric: bool = True,
     iters: Count = 200,
-    lr: Rate = 3e-3,
+    lr: Rate = 1e-2,
     batch_size: Positive = 4,
     rank: Positive | None = None,
     learn_s1: bool = True,
     learn_s3: bool = True,
     clipping: bool = False,
+    normalize: bool = True,
     keep_best: bool = True,
     amp: bool = True,
     scale_dtype: Literal["bf16", "fp16", "fp32"] = "bf16",
@@ -87,6 +88,8 @@ def flexround(
     learn_s3 : learn a divisor a row too.
     clipping : start from the steps (and zero points) that are best for the weights, by a search that costs 100 roundings (100 * 2**bits
         where asymmetric with at most 4 bits), instead of from min and max.
+    normalize : measure each token's error against the size of its target. Else the few tokens whose hidden states are hundreds of times as
+        large as the others' rule the loss, as they do in the paper.
     keep_best : look at the loss over all samples before, every 50 steps and at the end, and keep the best codes: no block ends worse than
         rounding to nearest. False: take the last, and save the time.
     amp : multiply matrices in bf16 while learning, where the device has instructions for it. Divisors, losses, Adam and what keep_best
@@ -114,7 +117,7 @@ def flexround(
     }
     _check_loop(iters, lr, batch_size)
     chosen = _choose(run, defaults, overrides, targets, ignore)
-    learned = partial(reconstruct, iters=iters, lr=lr, batch_size=batch_size, keep_best=keep_best, amp=amp, mask=run.mask)
+    loop = partial(reconstruct, iters=iters, lr=lr, batch_size=batch_size, normalize=normalize, keep_best=keep_best, amp=amp)
 
     def learn(block: Block, x: Tensor | None, y: Tensor | None, rng: torch.Generator) -> Facts:
         assert x is not None and y is not None
@@ -122,7 +125,7 @@ def flexround(
         if not linears:
             return {"losses": [], "loss": None, "loss_start": None}
         roundings = {name: _start(linear, rng, **chosen[name]) for name, linear in linears.items()}
-        return learned(block, roundings, x, y, rng)
+        return loop(block, roundings, x, y, rng, mask=run.mask)
 
     found = run.blocks(learn, inputs="treated", target=True, write=True)
     path = layers.chain_path(run.model.skeleton())
@@ -304,6 +307,7 @@ def reconstruct(
     iters: int,
     lr: float,
     batch_size: int,
+    normalize: bool = True,
     keep_best: bool = True,
     amp: bool = True,
     mask: Int[Tensor, "n T"] | None = None,
@@ -313,7 +317,8 @@ def reconstruct(
 
     roundings : full name of a linear -> its rounding. x : the block's inputs. y : what the dense block gave. Other options: of `flexround`.
     mask : 1 for tokens that count, 0 for padding. penalty : step number -> what to add to the loss (AdaRound has such a term).
-    The loss is the squared error, summed over the tokens of a sample, mean over samples and features.
+    The loss is the squared error, summed over the tokens of a sample, mean over samples and features. normalize divides each token's by the
+    mean square of its target.
     Returns losses (of each step, on its own samples), loss and loss_start (over all samples; None without keep_best).
     Raises BlockwrightError where a loss is not finite. Warns of linears that no token reached.
     """
@@ -325,6 +330,10 @@ def reconstruct(
     optimizer = torch.optim.Adam(parameters, lr=lr, fused=True) if parameters else None
     best = {name: rounding.fold() for name, rounding in roundings.items()}
     weigh = torch.ones(x.shape[:2], device=x.device) if mask is None else mask.to(x.device, torch.float32)
+    if normalize:
+        size = y.square().mean(-1).sqrt()
+        layers.check_finite(size, f"size of the outputs of block {block.name}")
+        weigh = weigh / size.clamp(min=1e-8)
     start = lowest = _loss(block, learning, best, x, y, weigh) if keep_best else None
     losses: list[Tensor] = []
     order: list[int] = []
@@ -511,6 +520,6 @@ def _check_loop(iters: int, lr: float, batch_size: int) -> None:
     if iters < 0:
         raise BlockwrightError(f"flexround: iters={iters}", allowed="0 or more", do="Try iters=200")
     if not 0 < lr < math.inf:
-        raise BlockwrightError(f"flexround: lr={lr}", allowed="a positive number", do="Try lr=0.003")
+        raise BlockwrightError(f"flexround: lr={lr}", allowed="a positive number", do="Try lr=0.01")
     if batch_size < 1:
         raise BlockwrightError(f"flexround: batch_size={batch_size}", allowed="1 or more", do="Try batch_size=4")

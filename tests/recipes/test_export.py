@@ -11,6 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from sample_stages.fold import sample_fold
 from sample_stages.grid import sample_grid
+from sample_stages.slim import sample_slim
 from transformers import (
     AutoModelForCausalLM,
     GPT2Config,
@@ -37,7 +38,7 @@ MODELS = {
     "qwen": lambda: Qwen2ForCausalLM(Qwen2Config(**SIZES, num_key_value_heads=2)),  # has biases
     "gpt2": lambda: GPT2LMHeadModel(GPT2Config(vocab_size=50, n_embd=64, n_layer=3, n_head=4, n_positions=64)),  # has Conv1D
 }
-GRID, FOLD = sample_grid, sample_fold
+GRID, FOLD, SLIM = sample_grid, sample_fold, sample_slim
 MIXED = {"bits": 3, "overrides": {"down_proj": {"bits": 8, "group_size": -1}, "q_proj": {"bits": 4, "group_size": 16}}}
 STANDARD = {  # name: model, stages, how it is written
     "dense": ("llama", [], {}),
@@ -71,6 +72,11 @@ OWN = {
     "groups longer than a row": ("llama", [(GRID, {"group_size": 128})], {}),
     "asked for": ("llama", [(GRID, {})], {"layout": "blockwright"}),
     "dense, asked for": ("tied", [], {"layout": "blockwright"}),
+    "narrower": ("qwen", [(SLIM, {})], {}),
+    "narrower, packed": ("llama", [(SLIM, {}), (GRID, {})], {}),
+    "narrower, dropped, packed": ("tied", [(SLIM, {}), (FOLD, {"drop": [0]}), (GRID, {"bits": 8}), 8], {}),
+    "narrower gpt2": ("gpt2", [(SLIM, {})], {}),
+    "narrower gpt2, packed": ("gpt2", [(SLIM, {}), (GRID, {})], {}),
 }  # fmt: skip
 PLAIN = """
 import json, sys, torch
@@ -193,6 +199,8 @@ def test_a_model_of_several_files_opens_in_both(models, tmp_path, monkeypatch):
     "name, layouts, reason",
     [
         ("packed gpt2", ["standard", "unrolled"], r"transformer\.h\.0\.attn\.c_attn is a packed Conv1D"),
+        ("narrower", ["standard", "unrolled"], r"gate_proj is 32 x 64, and config\.json has no place for a size of its own"),
+        ("narrower, packed", ["standard", "unrolled"], r"gate_proj is 32 x 64, and config\.json has no place for a size of its own"),
         ("packed embedding", ["standard"], r"model\.embed_tokens is packed embedding, which compressed-tensors has no place for"),
         ("shared", ["standard"], "blocks share weights"),
         ("shared, packed", ["standard"], "blocks share weights"),
@@ -402,3 +410,23 @@ def test_a_newer_format_is_refused(models, tmp_path):
 )
 def test_a_damaged_description_is_told(models, tmp_path, change):
     assert str(tmp_path) in damaged(models, tmp_path, change)
+
+
+@pytest.mark.parametrize("name", ["narrower, packed", "narrower gpt2, packed"])
+def test_linears_of_their_own_size_stay_so_when_they_are_unpacked(models, tmp_path, name):
+    model, stages, _ = OWN[name]
+    blueprint = treated(models[model], stages)
+    assert export.write(blueprint, tmp_path, source=models[model], layout="dense", dtype=torch.float32) == "blockwright"
+    opened = load(tmp_path, dtype=torch.float32, check=False)
+    assert not any(isinstance(m, PackedLinear) for m in opened.modules())
+    assert torch.allclose(logits(opened), logits(blueprint.build(dtype=torch.float32)), atol=1e-6)
+
+
+def test_a_model_in_memory_keeps_its_narrower_linears(models):
+    stages = [(SLIM, {}), (GRID, {})]
+    for model in ("llama", "gpt2"):
+        for depth in (1, 2):  # dense, packed
+            built = treated(models[model], stages[:depth]).build(dtype=torch.float32)
+            again = Blueprint.of_module(built)
+            assert sum("size" in f for f in again.forms.values()) == (9 if model == "llama" else 6)
+            assert torch.equal(logits(again.build()), logits(built))

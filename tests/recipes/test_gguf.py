@@ -751,3 +751,10 @@ def test_llama_cpp_cuts_text_the_same_way(pre, tmp_path):
     theirs = llama_cpp_of(tmp_path / "out" / "model.gguf")
     for text in SAMPLES:
         assert theirs.tokenize(text.encode(), add_bos=False, special=True) == made(text).input_ids, text
+
+
+def test_a_linear_of_its_own_size_is_refused(tmp_path):
+    model = Blueprint.of_module(built("llama"))
+    model = model.edited(forms={"model.layers.0.mlp.up_proj": {"form": "linear", "size": [32, 64]}})
+    with pytest.raises(BlockwrightError, match="up_proj is 32 x 64, a size of its own.*Use --to blockwright"):
+        gguf.write(model, tmp_path, source=tmp_path)

@@ -1,8 +1,8 @@
 """A model as a chain of blocks: find the chain and its linears by structure, swap modules, rebuild a model from its blueprint.
 
 A `Blueprint` is a model without its weights in memory: the config, the place of every tensor, and the `forms` of modules that are no
-longer what the architecture's own code would build (a packed linear, a linear with an adapter). Structural changes (drop, share) are edits
-of the blueprint; files are never touched.
+longer what the architecture's own code would build (a packed linear, a linear with an adapter, a narrower linear). Structural changes
+(drop, share) are edits of the blueprint; files are never touched.
 """
 
 import copy
@@ -31,6 +31,7 @@ from blockwright.errors import BlockwrightError
 Form = dict[str, Any]  # JSON: {"form": "packed", "bits": 4, ...}: how to rebuild a module without its weights
 
 # The modules that may stand where the architecture built another: each has form() and from_form(module it replaces, form).
+# Of any form, "size": [N, K] tells that the linear it replaces is not of the architecture's size; {"form": "linear", "size"} is that alone.
 FORMS: dict[str, Any] = {"packed": PackedLinear, "packed_embedding": PackedEmbedding, "lora": LoraLinear}
 
 
@@ -72,6 +73,11 @@ class Blueprint:
         state = {**dict(model.named_parameters(remove_duplicate=False)), **_persistent_buffers(model)}
         config = copy.deepcopy(model.config)
         config.architectures = [type(model).__name__]
+        here = dict(model.named_modules())
+        for name, built in skeleton(config).named_modules():
+            now = here.get(name)
+            if now is not None and is_linear(built) and (is_linear(now) or name in forms) and size(now) != size(built):
+                forms[name] = forms.get(name, {"form": "linear"}) | {"size": list(size(now))}
         return cls(config, Tensors.of_memory(state), forms)
 
     def skeleton(self, dtype: torch.dtype | None = None) -> PreTrainedModel:
@@ -81,7 +87,7 @@ class Blueprint:
         """
         model = skeleton(self.config, dtype)
         for name, form in self.forms.items():
-            swap(model, name, FORMS[form["form"]].from_form(model.get_submodule(name), form))
+            place(model, name, form)
         return model
 
     def block(self, name: str, dtype: torch.dtype | None = None) -> nn.Module:
@@ -89,8 +95,7 @@ class Blueprint:
         block = copy.deepcopy(_template(type(self.config), self.config.to_json_string(), dtype).get_submodule(name))  # type: ignore[arg-type]
         for full, form in self.forms.items():
             if full.startswith(name + "."):
-                inner = full.removeprefix(name + ".")
-                swap(block, inner, FORMS[form["form"]].from_form(block.get_submodule(inner), form))
+                place(block, full.removeprefix(name + "."), form)
         return block
 
     def build(self, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> PreTrainedModel:
@@ -271,6 +276,14 @@ def is_linear(module: nn.Module) -> bool:
     return isinstance(module, (nn.Linear, Conv1D))
 
 
+def size(linear: nn.Module) -> tuple[int, int]:
+    """Outputs N and inputs K of a linear, dense or of one of the forms."""
+    if is_linear(linear):
+        n, k = linear.weight.shape  # type: ignore[union-attr,misc]
+        return (k, n) if isinstance(linear, Conv1D) else (n, k)
+    return int(linear.out_features), int(linear.in_features)  # type: ignore[arg-type]
+
+
 def selected(name: str, module: nn.Module, targets: Iterable[str], ignore: Iterable[str]) -> bool:
     """Whether `targets` names this module and `ignore` does not: a class name, a dotted name, its end, or `re:<regex>`."""
 
@@ -290,6 +303,22 @@ def swap(root: nn.Module, name: str, new: nn.Module) -> None:
         owner[int(last)] = new
     else:
         setattr(owner, last, new)
+
+
+def place(root: nn.Module, name: str, form: Form) -> None:
+    """Put what `form` describes, without its tensors, where the module `name` stands."""
+    replaced = root.get_submodule(name)
+    if "size" in form:
+        replaced = _resized(replaced, *form["size"])
+    swap(root, name, replaced if form["form"] == "linear" else FORMS[form["form"]].from_form(replaced, form))
+
+
+def _resized(linear: nn.Module, n: int, k: int) -> nn.Module:
+    """A linear of the same kind on meta, with N outputs and K inputs."""
+    bias = linear.bias is not None
+    with torch.device("meta"):
+        new = Conv1D(n, k) if isinstance(linear, Conv1D) else nn.Linear(k, n, bias=bias)
+    return new.eval().requires_grad_(False)
 
 
 def fill(

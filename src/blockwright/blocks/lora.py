@@ -20,6 +20,7 @@ class LoraLinear(nn.Module):
         self.base, self.r, self.lora_alpha = base, r, lora_alpha
         self.transposed = isinstance(base, Conv1D) or getattr(base, "transposed", False)
         k, n = base.weight.shape if isinstance(base, Conv1D) else (base.in_features, base.out_features)
+        self.in_features, self.out_features = k, n
         self.lora_A = nn.Parameter(torch.empty(r, k, device="meta"), requires_grad=False)
         self.lora_B = nn.Parameter(torch.empty(n, r, device="meta"), requires_grad=False)
 

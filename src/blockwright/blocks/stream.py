@@ -25,9 +25,17 @@ class Block:
     """
 
     def __init__(
-        self, index: int, name: str, module: nn.Module, *, arguments: list[Arguments] | None, shared: frozenset[str], batch: int
+        self,
+        index: int,
+        name: str,
+        module: nn.Module,
+        *,
+        arguments: list[Arguments] | None,
+        shared: frozenset[str],
+        batch: int,
+        resized: frozenset[str] = frozenset(),
     ) -> None:
-        self.index, self.name, self.module, self.shared, self.batch = index, name, module, shared, batch
+        self.index, self.name, self.module, self.shared, self.resized, self.batch = index, name, module, shared, resized, batch
         self.forms: dict[str, layers.Form] = {}  # full name -> form, of the modules swapped since loading
         self._arguments = arguments
 
@@ -43,9 +51,11 @@ class Block:
         return {n: m for n, m in found.items() if n not in self.shared and layers.selected(n, m, targets, ignore)}
 
     def swap(self, name: str, new: nn.Module) -> None:
-        """Put `new` (one of layers.FORMS) where the module of this full name stands."""
+        """Put `new`, one of layers.FORMS or a dense linear of another size, where the module of this full name stands."""
         layers.swap(self.module, name.removeprefix(self.name + "."), new)
-        self.forms[name] = new.form()  # type: ignore[operator]
+        dense = layers.is_linear(new)
+        form = {"form": "linear"} if dense else new.form()  # type: ignore[operator]
+        self.forms[name] = form | ({"size": list(layers.size(new))} if dense or name in self.resized else {})
 
     def __call__(self, x: Float[Tensor, "b T d"], rows: slice | list[int] = slice(None)) -> Float[Tensor, "b T d"]:
         """The block's output for the samples `rows` of the calibration set, whose hidden states are x. Differentiable."""
@@ -126,7 +136,8 @@ class Stream:
         layers.fill(module, blueprint.tensors, name + ".", device=self.device, dtype=torch.float32)
         arguments = self.arguments[index] if self.arguments is not None else None
         shared = frozenset(_held_by_earlier(blueprint, self.path, index, module))
-        return Block(index, name, module, arguments=arguments, shared=shared, batch=self.batch)
+        resized = frozenset(n for n, form in blueprint.forms.items() if "size" in form)
+        return Block(index, name, module, arguments=arguments, shared=shared, resized=resized, batch=self.batch)
 
     def final_hidden(self, blueprint: Blueprint) -> Float[Tensor, "n T d"]:
         """The hidden states after the last block, for all samples."""

@@ -446,7 +446,7 @@ def _with_adapters(run: Run, student: nn.Module) -> Blueprint:
 
     for name, module in student.named_modules():
         if isinstance(module, LoraLinear):
-            forms[name] = module.form()
+            forms[name] = model.forms.get(name, {}) | module.form()  # a size of its own stays
             for old in [f"{name}.{n}" for n, _ in module.base.named_parameters()]:
                 removed.append(old)
                 added[f"{name}.base{old.removeprefix(name)}"] = model.tensors[old]
@@ -529,7 +529,7 @@ class Feed:
 
 def _check_model(model: Blueprint) -> None:
     adapter = next((f"the model carries an adapter ({n})" for n in model.tensors if ".lora_A." in n or ".base_layer." in n), None)
-    form = next((f"{name} is {f['form'].replace('_', ' ')}" for name, f in model.forms.items()), None)
+    form = next((f"{name} is {f['form'].replace('_', ' ')}" for name, f in model.forms.items() if f["form"] != "linear"), None)
     if adapter or form:
         raise BlockwrightError(
             f"foldgpt: {adapter or form}",

@@ -3,6 +3,7 @@
 Tensors are read, converted and written shard by shard, so the model need not fit in memory.
 """
 
+import copy
 import json
 import shutil
 from collections.abc import Callable
@@ -12,7 +13,7 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from blockwright.blocks import layers
 from blockwright.blocks.layers import Blueprint
@@ -34,12 +35,15 @@ def why_not_standard(model: Blueprint, *, shared: bool = True) -> str | None:
     path = layers.chain_path(skeleton)
     packed = [f for f in model.forms.values() if f["form"] == "packed"]
     for name, form in model.forms.items():
+        if "size" in form:
+            n, k = form["size"]
+            return f"{name} is {n} x {k}, and config.json has no place for a size of its own"
         if form["form"] != "packed" or not name.startswith(path + "."):
             return f"{name} is {form['form'].replace('_', ' ')}, which compressed-tensors has no place for"
         if form.get("transposed"):
             return f"{name} is a packed Conv1D"
     for name, form in model.forms.items():
-        k, group = int(skeleton.get_submodule(name).in_features), form["group_size"]  # type: ignore[arg-type]
+        k, group = layers.size(skeleton.get_submodule(name))[1], form["group_size"]
         if group > 0 and k % group:
             return f"{name} has {k} inputs, which groups of {group} do not divide"
     if not all(f["symmetric"] for f in packed) and len({_scheme(f) for f in packed}) > 1:
@@ -180,11 +184,12 @@ def _scheme(form: layers.Form) -> tuple[int, int, bool]:
 def _written_forms(model: Blueprint, layout: str) -> tuple[dict[str, layers.Form], bool]:
     """The forms that stay in this layout, and whether blocks that share weights are written as copies."""
     forms = dict(model.forms)
+    resized = {name: {"form": "linear", "size": form["size"]} for name, form in forms.items() if "size" in form}
     if layout == "dense":
-        forms = {}
+        forms = resized
     elif layout == "unrolled":
         adapters = tuple(f"{name}." for name, form in forms.items() if form["form"] == "lora")  # their packed bases are merged too
-        forms = {name: form for name, form in forms.items() if form["form"] == "packed" and not name.startswith(adapters)}
+        forms = resized | {n: form for n, form in forms.items() if form["form"] == "packed" and not n.startswith(adapters)}
     return forms, layout in ("dense", "unrolled")
 
 
@@ -195,8 +200,9 @@ def _entries(model: Blueprint, forms: dict[str, layers.Form], dtype: torch.dtype
     """
     entries: dict[str, Entry] = {}
     path = layers.chain_path(layers.skeleton(model.config)) + "."
-    plain = {name: form for name, form in model.forms.items() if name not in forms}
-    order = {name: i for i, name in enumerate(model.skeleton().state_dict())}  # so that the first of blocks that share holds the weights
+    plain = {name: form for name, form in model.forms.items() if forms.get(name) != form}
+    built, unbuilt = model.skeleton(), layers.skeleton(model.config)
+    order = {name: i for i, name in enumerate(built.state_dict())}  # so that the first of blocks that share holds the weights
     seen: set[Place] = set()
     for name in sorted(model.tensors, key=lambda n: order.get(n, len(order))):
         place = model.tensors[name]
@@ -211,8 +217,10 @@ def _entries(model: Blueprint, forms: dict[str, layers.Form], dtype: torch.dtype
                 facts = Facts(dtype, facts.shape)
             entries[name] = Entry(facts, partial(_read, model, name, facts.dtype))
         elif f"{owner}.weight" not in entries:
-            shape = tuple(layers.skeleton(model.config).get_submodule(owner).weight.shape)  # type: ignore[union-attr]
-            entries[f"{owner}.weight"] = Entry(Facts(dtype, shape), partial(_plain_weight, model, owner, plain[owner], dtype))
+            if owner in forms:  # as a linear of a size of its own
+                layers.place(unbuilt, owner, forms[owner])
+            shape = tuple(unbuilt.get_submodule(owner).weight.shape)  # type: ignore[union-attr]
+            entries[f"{owner}.weight"] = Entry(Facts(dtype, shape), partial(_plain_weight, model, owner, built.get_submodule(owner), dtype))
             for bias in (f"{owner}.bias", f"{owner}.base.bias"):
                 if bias in model.tensors:
                     entries[f"{owner}.bias"] = Entry(Facts(dtype, model.tensors.facts(bias).shape), partial(_read, model, bias, dtype))
@@ -221,7 +229,7 @@ def _entries(model: Blueprint, forms: dict[str, layers.Form], dtype: torch.dtype
 
 def _stored_as(model: Blueprint, forms: dict[str, layers.Form], entries: dict[str, Entry]) -> dict[str, str]:
     """Names that are not written, because what they hold is written under another name: name -> that one."""
-    plain = [m for m in model.forms if m not in forms]
+    plain = [m for m, form in model.forms.items() if forms.get(m) != form]
     names = [n for n in model.tensors if not n.startswith(tuple(f"{m}." for m in plain))] + [f"{m}.weight" for m in plain]
 
     def place(name: str) -> Place | None:  # of the tensor, or of the codes that it is unpacked from
@@ -235,12 +243,8 @@ def _read(model: Blueprint, name: str, dtype: torch.dtype) -> Tensor:
     return _fitting(model.tensors.read([name])[name], dtype, name)
 
 
-def _plain_weight(model: Blueprint, owner: str, form: layers.Form, dtype: torch.dtype) -> Tensor:
-    module = layers.FORMS[form["form"]].from_form(layers.skeleton(model.config).get_submodule(owner), form)
-    for name, inner in model.forms.items():
-        if name.startswith(owner + "."):
-            inside = name.removeprefix(owner + ".")
-            layers.swap(module, inside, layers.FORMS[inner["form"]].from_form(module.get_submodule(inside), inner))
+def _plain_weight(model: Blueprint, owner: str, module: nn.Module, dtype: torch.dtype) -> Tensor:
+    module = copy.deepcopy(module)  # on meta; dropped again when it has been written
     layers.fill(module, model.tensors, owner + ".")
     return _fitting(cast(Tensor, module.plain_weight()), dtype, f"{owner}.weight")
 

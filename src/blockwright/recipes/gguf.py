@@ -78,6 +78,7 @@ def write(model: Blueprint, folder: Path, *, source: Path, stages: list[dict[str
     Memory: one tensor at a time; while it works, the disk holds the tensors twice.
     """
     check(model.config)
+    _check_sizes(model)
     writer = gguf.GGUFWriter(folder / FILE, ARCHITECTURES[model.config.model_type])
     writer.add_type("model")
     writer.add_name(source.absolute().name)
@@ -137,6 +138,15 @@ def check(config: PreTrainedConfig) -> None:
             raise BlockwrightError(f"gguf: {key}={getattr(config, key)!r}", allowed=repr(allowed), do="Use --to dense or standard")
     if rope.get("partial_rotary_factor", 1) != 1:
         raise BlockwrightError(f"gguf: partial_rotary_factor={rope['partial_rotary_factor']}", allowed="1", do="Use --to dense or standard")
+
+
+def _check_sizes(model: Blueprint) -> None:
+    resized = next((name for name, form in model.forms.items() if "size" in form), None)
+    if resized:
+        n, k = model.forms[resized]["size"]
+        raise BlockwrightError(
+            f"gguf: {resized} is {n} x {k}, a size of its own", allowed="the sizes of config.json", do="Use --to blockwright"
+        )
 
 
 def on_grid(module: PackedLinear | PackedEmbedding) -> tuple[Kind, UInt8[np.ndarray, "N B"]] | None:

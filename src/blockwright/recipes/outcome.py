@@ -235,8 +235,10 @@ def _part(
 
 def _form(form: layers.Form) -> str:
     """A form in a word or two."""
+    if form["form"] == "linear":
+        return "{} x {}".format(*form["size"])
     if "bits" not in form:
-        return str(form["form"])
+        return str(form["form"]).replace("_", " ")
     return f"int{form['bits']} {'channel' if form['group_size'] == -1 else 'g' + str(form['group_size'])}"
 
 

@@ -16,8 +16,7 @@ from typing import Any, Literal
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from torch.nn.functional import cosine_similarity, cross_entropy, kl_div, log_softmax, rms_norm
-from torch.utils.checkpoint import checkpoint
+from torch.nn.functional import cosine_similarity, kl_div, log_softmax, rms_norm
 
 from blockwright.blocks import layers
 from blockwright.blocks.layers import Blueprint
@@ -25,6 +24,7 @@ from blockwright.blocks.lora import LoraLinear
 from blockwright.blocks.parameters import Place
 from blockwright.blocks.run import Facts, Run, stage
 from blockwright.blocks.stream import Block
+from blockwright.blocks.tuning import Feed, add_lora, chain, mean_of_real, merge, next_token_loss
 from blockwright.errors import BlockwrightError
 from blockwright.options import Count, Positive, Rate, Share
 
@@ -242,7 +242,7 @@ def gated(blocks: nn.ModuleList, gates: Callable[[], Float[Tensor, "b L"]]) -> I
 
 
 def train_gates(
-    run: Run, feed: "Feed", *, free: list[int], num_removed: int, steps: int, lr: float, lam: float, checkpointing: bool = False
+    run: Run, feed: Feed, *, free: list[int], num_removed: int, steps: int, lr: float, lam: float, checkpointing: bool = False
 ) -> list[float]:
     """The gate G of each block after training; those of blocks not in `free` are 1. No weight changes.
 
@@ -255,7 +255,7 @@ def train_gates(
     formulas are a reading of it.
     """
     model = run.model.build(device=run.device, dtype=torch.float32)
-    blocks = _chain(model, checkpointing)
+    blocks = chain(model, checkpointing=checkpointing)
     u = nn.Parameter(torch.zeros(len(free), device=run.device))
     at, num_open = torch.tensor(free, device=run.device), len(free) - num_removed
     g_bL = torch.ones(1, len(blocks), device=run.device)
@@ -330,7 +330,7 @@ def _take_mean(
 
 def cure(
     run: Run,
-    feed: "Feed",
+    feed: Feed,
     *,
     steps: int,
     lr: float,
@@ -349,7 +349,7 @@ def cure(
     student = run.model.build(device=run.device, dtype=torch.float32)
     factors = add_lora(run, student, r=r, lora_alpha=lora_alpha, shared=shared_lora)
     norms = [p.requires_grad_() for p in _norms(student).values()]
-    watched = (_chain(teacher, False), _chain(student, checkpointing))
+    watched = (chain(teacher), chain(student, checkpointing=checkpointing))
 
     def loss(i: int, rng: torch.Generator) -> Tensor:
         ids, mask = feed.draw(rng)
@@ -371,22 +371,6 @@ def cure(
     return student
 
 
-def add_lora(run: Run, model: nn.Module, *, r: int, lora_alpha: int, shared: bool) -> list[nn.Parameter]:
-    """Put LoRA factors on every linear of every block and return them; with `shared`, linears that share a weight share their factors."""
-    blocks = _chain(model, False)
-    factors: dict[object, tuple[nn.Parameter, nn.Parameter]] = {}
-    for i, block in enumerate(blocks):
-        for name, linear in [(n, m) for n, m in block.named_modules() if layers.is_linear(m)]:
-            adapter = LoraLinear(linear, r=r, lora_alpha=lora_alpha)
-            key = id(linear.weight) if shared else (i, name)
-            if key not in factors:
-                adapter.start(run.generator("lora", i, name))
-                factors[key] = (adapter.lora_A.requires_grad_(), adapter.lora_B.requires_grad_())
-            adapter.lora_A, adapter.lora_B = factors[key]
-            layers.swap(block, name, adapter)
-    return [p for pair in factors.values() for p in pair]
-
-
 def distillation(
     logits: Float[Tensor, "b T V"], target: Float[Tensor, "b T W"], mask: Int[Tensor, "b T"] | None, *, temperature: float = 1.0
 ) -> Float[Tensor, ""]:
@@ -402,7 +386,7 @@ def distillation(
         )
     q = log_softmax(target.float() / temperature, -1)
     p = log_softmax(logits.float() / temperature, -1)
-    return temperature**2 * _mean(kl_div(p, q, reduction="none", log_target=True).sum(-1), mask)
+    return temperature**2 * mean_of_real(kl_div(p, q, reduction="none", log_target=True).sum(-1), mask)
 
 
 @contextmanager
@@ -421,17 +405,7 @@ def tail(blocks: nn.ModuleList, count: int) -> Iterator[list[Tensor]]:
 def tail_distance(h: Float[Tensor, "b T d"], target: Float[Tensor, "b T d"], mask: Int[Tensor, "b T"] | None) -> Float[Tensor, ""]:
     """The mean squared difference of hidden states scaled to root mean square 1, over real tokens and channels."""
     size = h.shape[-1:]
-    return _mean((rms_norm(h, size) - rms_norm(target, size)).square().mean(-1), mask)
-
-
-def next_token_loss(logits: Float[Tensor, "b T V"], ids: Int[Tensor, "b T"], mask: Int[Tensor, "b T"] | None) -> Float[Tensor, ""]:
-    """Mean cross entropy of the next token, in nats, where it and the one before it are real."""
-    nll = cross_entropy(logits[:, :-1].float().transpose(1, 2), ids[:, 1:], reduction="none")
-    return _mean(nll, None if mask is None else mask[:, 1:] * mask[:, :-1])
-
-
-def _mean(value: Float[Tensor, "b T"], mask: Int[Tensor, "b T"] | None) -> Float[Tensor, ""]:
-    return value.mean() if mask is None else (value * mask).sum() / mask.sum().clamp(min=1)
+    return mean_of_real((rms_norm(h, size) - rms_norm(target, size)).square().mean(-1), mask)
 
 
 def _with_adapters(run: Run, student: nn.Module) -> Blueprint:
@@ -458,27 +432,14 @@ def _with_adapters(run: Run, student: nn.Module) -> Blueprint:
 
 
 def _take_merged(block: Block, x: Tensor | None, y: Tensor | None, rng: torch.Generator, *, student: nn.Module) -> None:
-    """The student's norms, and its factors merged into the linears; a shared linear is treated in the first block that holds it."""
-    cured = student.get_submodule(block.name)
-    for name, linear in block.linears().items():
-        adapter = cured.get_submodule(name.removeprefix(block.name + "."))
-        linear.weight.data.copy_(adapter.plain_weight())  # type: ignore[union-attr,operator]
+    """The student's norms, and its factors merged into the linears."""
+    merge(block, student)
     for name, norm in _norms(student).items():
         if name.startswith(block.name + "."):
             block.module.get_parameter(name.removeprefix(block.name + ".")).copy_(norm.detach())
 
 
-# the parts of a model, the options, the text
-
-
-def _chain(model: nn.Module, checkpointing: bool) -> nn.ModuleList:
-    """The blocks of a resident model; with `checkpointing`, they keep only their inputs for the backward pass."""
-    blocks = model.get_submodule(layers.chain_path(model))
-    assert isinstance(blocks, nn.ModuleList)
-    if checkpointing:
-        for block in blocks:
-            block.forward = partial(checkpoint, block.forward, use_reentrant=False)  # type: ignore[method-assign]
-    return blocks
+# the parts of a model, the options
 
 
 def _norms(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -503,28 +464,6 @@ def _types(model: Blueprint) -> list[str]:
     """The attention type of each block, where the config tells them apart."""
     types = getattr(model.config, "layer_types", None) or ["block"] * layers.num_blocks(model.config)
     return [str(t) for t in types]
-
-
-class Feed:
-    """Training batches from the calibration windows of a run."""
-
-    def __init__(self, run: Run, batch_size: int, max_seq_length: int) -> None:
-        if run.calibration is None:
-            raise BlockwrightError(f"{run.stage}: needs calibration text", do="Give `calibration:` in the recipe, or calibration=token_ids")
-        if max_seq_length < 2:
-            raise BlockwrightError(f"foldgpt: max_seq_length={max_seq_length}", allowed="2 or more", do="Try 128")
-        self.ids, self.mask, self.size, self.length = run.calibration, run.mask, batch_size, min(max_seq_length, run.calibration.shape[1])
-
-    def draw(self, rng: torch.Generator) -> tuple[Int[Tensor, "b T"], Int[Tensor, "b T"] | None]:
-        """Random windows, each cut to a run of `length` tokens, and their mask, on the generator's device."""
-        spare = self.ids.shape[1] - self.length
-        rows = torch.randint(len(self.ids), (self.size,), generator=rng, device=rng.device).cpu()
-        start = torch.randint(spare + 1, (self.size,), generator=rng, device=rng.device).cpu()
-        if self.mask is not None:
-            start = self.mask[rows].argmax(1).cpu().clamp(max=spare)
-        at = start[:, None] + torch.arange(self.length)
-        ids = self.ids[rows[:, None], at].to(rng.device)
-        return ids, None if self.mask is None else self.mask[rows[:, None], at].to(rng.device)
 
 
 def _check_model(model: Blueprint) -> None:

@@ -134,7 +134,7 @@ def test_the_gradient_of_the_gates_goes_through_the_budget():
 def gates_of(model, num_removed, free, ids=None, steps=100, **options):
     run = Run(Blueprint.of_module(model), calibration=text() if ids is None else ids)
     feed = method.Feed(run, 8, 24)
-    return method.train_gates(run, feed, free=free, num_removed=num_removed, steps=steps, **{"lr": 0.1, "lam": 2.0, **options})
+    return method.train_gates(run, feed, free=free, num_removed=num_removed, steps=steps, **{"lr": 0.1, **options})
 
 
 @pytest.mark.parametrize("num_removed", [1, 2, 3])
@@ -617,7 +617,6 @@ def test_a_killed_run_goes_on_with_the_same_bits(options, tmp_path, monkeypatch)
         (dict(group_size=-2), "group_size=-2"),
         (dict(r=0), "r=0"),
         (dict(gate_lr=0.0), "gate_lr=0.0"),
-        (dict(lam=float("nan")), "lam=nan"),
         (dict(temperature=0.0), "temperature=0.0"),
         (dict(batch_size=0), "batch_size=0"),
         (dict(max_seq_length=1), "max_seq_length=1. Allowed: 2 or more"),
@@ -642,6 +641,7 @@ def test_a_word_that_is_no_choice_is_refused():
 
 def test_a_protected_block_stays(monkeypatch):
     monkeypatch.setattr(method, "train_gates", lambda *a, **kw: [0.0, 0.9, 0.1, 0.8, 0.7, 0.0])
+    monkeypatch.setattr(method, "loss_without", lambda *a: 1.0)  # no choice is better than the gates'
     assert folded(trained(), [(foldgpt, dict(remove=2 / 6, protect=[0, -1]))]).origin == (0, 1, 3, 5)
     assert folded(trained(), [(foldgpt, dict(remove=2 / 6, protect=[]))]).origin == (1, 2, 3, 4)
 
@@ -678,3 +678,23 @@ def test_a_model_with_an_adapter_is_refused():
         foldgpt(inside, calibration=text())
     with pytest.raises(BlockwrightError, match=r"q_proj is lora. Allowed: a dense model"):
         foldgpt(foldgpt(trained(), calibration=text(), **CURED), calibration=text())
+
+
+def test_the_better_of_both_choices_is_taken(monkeypatch):
+    losses = {gone: loss_of(without(trained(), gone), text()[:16]) for gone in itertools.combinations(range(1, 6), 2)}
+    by = {name: folded(trained(), [(foldgpt, dict(remove=1 / 3, ranking=name, gate_steps=1))]).origin for name in ("gates", "influence")}
+    worst = max(losses, key=lambda gone: losses[gone])
+    misled = [0.0 if i in worst else 1.0 for i in range(6)]
+    monkeypatch.setattr(method, "train_gates", lambda *args, **options: misled)
+    assert folded(trained(), [(foldgpt, dict(remove=1 / 3))]).origin == by["influence"]
+    best = min(losses, key=lambda gone: losses[gone])
+    misled[:] = [0.0 if i in best else 1.0 for i in range(6)]
+    assert folded(trained(), [(foldgpt, dict(remove=1 / 3))]).origin == tuple(i for i in range(6) if i not in best)
+
+
+def test_the_loss_without_blocks_is_that_of_the_smaller_model():
+    run = Run(Blueprint.of_module(trained()), calibration=text())
+    for gone in ((), (2,), (1, 4)):
+        ours = method.loss_without(run, method.Feed(run, 5, 8), list(gone))
+        windows = [loss_of(without(trained(), gone), text()[i : min(i + 5, 16)]) for i in range(0, 16, 5)]
+        assert ours == pytest.approx(sum(windows) / len(windows), rel=1e-5)

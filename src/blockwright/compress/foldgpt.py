@@ -23,7 +23,7 @@ from blockwright.blocks.layers import Blueprint
 from blockwright.blocks.lora import LoraLinear
 from blockwright.blocks.parameters import Place
 from blockwright.blocks.run import Facts, Run, stage
-from blockwright.blocks.stream import Block
+from blockwright.blocks.stream import Block, batches
 from blockwright.blocks.tuning import Feed, add_lora, chain, mean_of_real, merge, next_token_loss
 from blockwright.errors import BlockwrightError
 from blockwright.options import Count, Positive, Rate, Share
@@ -47,8 +47,9 @@ CARD = {
     },
 }
 
+CHECKED = 16  # calibration windows on which the gates' choice is compared with that of block influence
 BETAS = (0.9, 0.99)  # Adam's, for the gates: their gradients shrink as they polarise, and the second moment has to follow
-FREE = 0.3  # share of the gates' training before half-open gates cost anything
+SHARP = 300.0  # by which u is multiplied in the end: gates whose u differ by 0.02 are open and closed
 
 
 @stage
@@ -62,7 +63,6 @@ def foldgpt(
     ranking: Literal["gates", "influence"] = "gates",
     gate_steps: Count = 40,
     gate_lr: Rate = 0.1,
-    lam: Rate = 2.0,
     cure_steps: Count = 0,
     cure_lr: Rate = 1e-4,
     norm_lr: Rate = 1e-3,
@@ -88,11 +88,11 @@ def foldgpt(
     parent : whose weights a group uses: its first block's, its most important block's, or the mean of them all.
     protect : blocks, by number (-1 is the last), that are neither deleted nor shared.
     ranking : what decides which blocks go: gates trained together, or block influence (1 - cosine of a block's input and output; the
-        baseline).
+        baseline). The gates' choice is taken where the model without those blocks predicts calibration text no worse than by influence:
+        few steps of training can mislead.
     gate_steps : training steps of the gates, for which every weight is frozen; use 200 to 500 where a GPU is at hand. With 0 all gates
         tie, and block influence decides.
     gate_lr : Adam's learning rate for the gates, in units of log m^2.
-    lam : what a gate that is neither open nor closed costs at the end of the training, in nats.
     cure_steps : training steps of norms and LoRA factors after deleting and sharing, such as 300 to 1000; 0: none.
     cure_lr : AdamW's learning rate for LoRA factors; it falls linearly to 0.
     norm_lr : the same for norms.
@@ -112,7 +112,7 @@ def foldgpt(
     """
     _check_model(run.model)
     positive = {"group_size": group_size, "r": r, "lora_alpha": lora_alpha, "batch_size": batch_size, "temperature": temperature}
-    _check_positive(positive | {"gate_lr": gate_lr, "cure_lr": cure_lr, "norm_lr": norm_lr, "lam": lam})
+    _check_positive(positive | {"gate_lr": gate_lr, "cure_lr": cure_lr, "norm_lr": norm_lr})
     for name, weight in {"kl_weight": kl_weight, "tail_weight": tail_weight}.items():
         if not (math.isfinite(weight) and weight >= 0):
             raise BlockwrightError(f"foldgpt: {name}={weight}", allowed="0 or more", do="Try 1")
@@ -132,10 +132,11 @@ def foldgpt(
         score = [(1.0, -s) for s in influence(run)]
     if num_removed and ranking == "gates" and gate_steps:
         gates = train_gates(
-            run, feed, free=free, num_removed=num_removed, steps=gate_steps, lr=gate_lr, lam=lam, checkpointing=gradient_checkpointing
+            run, feed, free=free, num_removed=num_removed, steps=gate_steps, lr=gate_lr, checkpointing=gradient_checkpointing
         )
-        score = [(g, does) for g, (_, does) in zip(gates, score, strict=True)]
-    gone = sorted(free, key=lambda i: score[i])[:num_removed]
+        rankings = [[(g, does) for g, (_, does) in zip(gates, score, strict=True)], score]
+        score = min(rankings, key=lambda s: loss_without(run, feed, _lowest(free, s, num_removed)))
+    gone = _lowest(free, score, num_removed)
     keep = [i for i in range(total) if i not in gone]
     run.model = run.model.with_layers(keep)
     share(run, group_size=group_size, parent=parent, guarded={keep.index(i) for i in guarded}, score=[score[i] for i in keep])
@@ -204,7 +205,7 @@ def influence(run: Run) -> list[float]:
     return [facts["similarity"] for facts in run.blocks(visit, inputs="dense", target=True)]
 
 
-def gate(u: Float[Tensor, "*b F"], num_open: int) -> Float[Tensor, "*b F"]:
+def gate(u: Float[Tensor, "*b F"], num_open: int | float) -> Float[Tensor, "*b F"]:
     """G(m) = m^2 / (m^2 + eps), a smoothed L0 norm, where m^2 = exp(u), and eps > 0 such that a row sums to num_open, 0 < num_open < F.
 
     Differentiable, through eps too: what one gate gains the others lose. eps is found by bisection of its logarithm in fp64.
@@ -242,39 +243,51 @@ def gated(blocks: nn.ModuleList, gates: Callable[[], Float[Tensor, "b L"]]) -> I
 
 
 def train_gates(
-    run: Run, feed: Feed, *, free: list[int], num_removed: int, steps: int, lr: float, lam: float, checkpointing: bool = False
+    run: Run, feed: Feed, *, free: list[int], num_removed: int, steps: int, lr: float, checkpointing: bool = False
 ) -> list[float]:
     """The gate G of each block after training; those of blocks not in `free` are 1. No weight changes.
 
-    In each window the gates are drawn: the num_open blocks highest in u + logistic noise run, the others do not. So what is learned is the
-    loss of smaller models, not that of one whose blocks are all half there. The gradient goes through the soft gates of the same draw
-    (straight through): over the draws it compares each block open and closed among changing others.
-    loss = cross entropy + lam sum G (1 - G), where G are the gates of u without noise, and lam rises from 0 over the last two thirds of the
-    steps, so that gates close or open fully. The budget, sum G = L - num_removed, holds at every step (see `gate`): no penalty has to be
-    balanced against the loss. Source: arXiv 2407.00928 names gates trained together, a polarising optimisation and a constraint; the
-    formulas are a reading of it.
+    The loss is the cross entropy of the gated model. At first all gates are nearly open, where its gradient tells what a block is worth to
+    a model that works; over the first half of the steps the budget closes in, sum G = L - num_removed, held at every step (see `gate`), so no
+    penalty has to be balanced against the loss. Over the second half u is multiplied by a number that grows from 1 to SHARP: the gates
+    part into open and closed, and those at the border are weighed against each other while the rest stand as they will.
+    Source: arXiv 2407.00928 names gates trained together, a polarising optimisation and a constraint; the formulas are a reading of it.
     """
     model = run.model.build(device=run.device, dtype=torch.float32)
     blocks = chain(model, checkpointing=checkpointing)
     u = nn.Parameter(torch.zeros(len(free), device=run.device))
     at, num_open = torch.tensor(free, device=run.device), len(free) - num_removed
-    g_bL = torch.ones(1, len(blocks), device=run.device)
+    g_1L = torch.ones(1, len(blocks), device=run.device)
 
     def loss(i: int, rng: torch.Generator) -> Tensor:
-        nonlocal g_bL
+        nonlocal g_1L
+        first, second = min(1.0, 2 * (i + 1) / steps), max(0.0, 2 * (i + 1) / steps - 1)  # shares of the two halves that are done
+        g_F = gate(SHARP**second * u, len(free) - first * num_removed)
+        g_1L = torch.ones(1, len(blocks), device=run.device).index_copy(1, at, g_F[None])
         ids, mask = feed.draw(rng)
-        drawn = u + torch.logit(torch.rand(len(ids), len(free), generator=rng, device=run.device), eps=1e-6)
-        soft = gate(drawn, num_open)
-        hard = torch.zeros_like(soft).scatter(1, drawn.topk(num_open).indices, 1.0)
-        g_bL = torch.ones(len(ids), len(blocks), device=run.device).index_copy(1, at, hard + soft - soft.detach())
-        logits = model(ids, attention_mask=mask, use_cache=False).logits
-        push = max(0.0, (i / max(1, steps - 1) - FREE) / (1 - FREE))
-        g_F = gate(u, num_open)
-        return next_token_loss(logits, ids, mask) + lam * push * (g_F * (1 - g_F)).sum()
+        return next_token_loss(model(ids, attention_mask=mask, use_cache=False).logits, ids, mask)
 
-    with gated(blocks, lambda: g_bL):
+    with gated(blocks, lambda: g_1L):
         run.curves["gates: loss"] = run.train(loss, torch.optim.Adam([u], lr=lr, betas=BETAS), steps=steps)
-    return torch.ones(len(blocks), device=run.device).index_copy(0, at, gate(u.detach(), num_open)).tolist()
+    return torch.ones(len(blocks), device=run.device).index_copy(0, at, gate(SHARP * u.detach(), num_open)).tolist()
+
+
+@torch.no_grad()
+def loss_without(run: Run, feed: Feed, gone: list[int]) -> float:
+    """Cross entropy of the model with these blocks deleted, in nats a token, on the first CHECKED calibration windows."""
+    keep = [i for i in range(layers.num_blocks(run.model.config)) if i not in gone]
+    model = run.model.with_layers(keep).build(device=run.device, dtype=torch.float32)
+    ids, mask = feed.ids[:CHECKED].to(run.device), None if feed.mask is None else feed.mask[:CHECKED].to(run.device)
+    losses = [
+        next_token_loss(model(ids[i], attention_mask=real, use_cache=False).logits, ids[i], real).item()
+        for i in batches(len(ids), feed.size)
+        for real in [None if mask is None else mask[i]]
+    ]
+    return sum(losses) / len(losses)
+
+
+def _lowest(free: list[int], score: list[tuple[float, float]], count: int) -> list[int]:
+    return sorted(free, key=lambda i: score[i])[:count]
 
 
 # sharing

@@ -248,9 +248,9 @@ def train_gates(
     """The gate G of each block after training; those of blocks not in `free` are 1. No weight changes.
 
     The loss is the cross entropy of the gated model. At first all gates are nearly open, where its gradient tells what a block is worth to
-    a model that works; over the first half of the steps the budget closes in, sum G = L - num_removed, held at every step (see `gate`), so no
-    penalty has to be balanced against the loss. Over the second half u is multiplied by a number that grows from 1 to SHARP: the gates
-    part into open and closed, and those at the border are weighed against each other while the rest stand as they will.
+    a model that works; over the first half of the steps the budget closes in: sum G = L - num_removed, held at every step (see `gate`), so
+    that no penalty has to be balanced against the loss. Over the second half u is multiplied by a number that grows from 1 to SHARP: the
+    gates part into open and closed, and those at the border are weighed against each other while the rest stand as they will.
     Source: arXiv 2407.00928 names gates trained together, a polarising optimisation and a constraint; the formulas are a reading of it.
     """
     model = run.model.build(device=run.device, dtype=torch.float32)

@@ -24,6 +24,7 @@ from transformers import (
 
 from blockwright.blocks.layers import Blueprint
 from blockwright.blocks.packed import PackedLinear
+from blockwright.blocks.parameters import Place
 from blockwright.blocks.run import Run
 from blockwright.errors import BlockwrightError
 from blockwright.recipes import export
@@ -412,14 +413,25 @@ def test_a_damaged_description_is_told(models, tmp_path, change):
     assert str(tmp_path) in damaged(models, tmp_path, change)
 
 
-@pytest.mark.parametrize("name", ["narrower, packed", "narrower gpt2, packed"])
-def test_linears_of_their_own_size_stay_so_when_they_are_unpacked(models, tmp_path, name):
+@pytest.mark.parametrize("name", ["narrower, packed", "narrower gpt2, packed", "narrower, dropped, packed"])
+def test_unpacked_linears_of_their_own_size_are_padded_to_the_widest(models, tmp_path, name):
     model, stages, _ = OWN[name]
     blueprint = treated(models[model], stages)
-    assert export.write(blueprint, tmp_path, source=models[model], layout="dense", dtype=torch.float32) == "blockwright"
-    opened = load(tmp_path, dtype=torch.float32, check=False)
-    assert not any(isinstance(m, PackedLinear) for m in opened.modules())
-    assert torch.allclose(logits(opened), logits(blueprint.build(dtype=torch.float32)), atol=1e-6)
+    assert export.write(blueprint, tmp_path, source=models[model], layout="dense", dtype=torch.float32) == "standard"
+    opened, info = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert getattr(opened.config, "n_inner", None) == 48 or opened.config.intermediate_size == 48  # 32, 40 and 48
+    assert torch.allclose(logits(opened.eval()), logits(blueprint.build(dtype=torch.float32)), atol=1e-5)
+
+
+def test_other_linears_of_their_own_size_stay_so_when_they_are_unpacked(models, tmp_path):
+    blueprint = treated(models["llama"], [])
+    name = "model.layers.1.self_attn.q_proj"
+    short = blueprint.tensors.read([f"{name}.weight"])[f"{name}.weight"][:32]
+    tensors = blueprint.tensors.replaced([f"{name}.weight"], {f"{name}.weight": Place(None, "q")}, {"q": short})
+    blueprint = blueprint.edited(tensors=tensors, forms={name: {"form": "linear", "size": [32, 64]}})
+    assert export.write(blueprint, tmp_path, source=models["llama"], layout="dense", dtype=torch.float32) == "blockwright"
+    assert load(tmp_path, dtype=torch.float32, check=False).get_submodule(name).weight.shape == (32, 64)
 
 
 def test_a_model_in_memory_keeps_its_narrower_linears(models):

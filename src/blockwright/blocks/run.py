@@ -73,6 +73,7 @@ class Run:
         inputs: Literal["none", "treated", "dense"] = "none",
         target: bool = False,
         write: bool = False,
+        watch: Callable[[Block], None] = lambda block: None,
     ) -> list[Facts]:
         """One pass: `fn(block, x, y, rng)` for each block, in order, with that block resident. Returns what each call returned, as JSON
         holds it (tuples become lists) and with copies of its tensors. fn changes neither x nor y.
@@ -81,6 +82,7 @@ class Run:
             it entered the stage (dense).
         target : y is the output of the block as it entered the stage, on the dense inputs; else None.
         write : keep what fn changed in the block.
+        watch : called with a block before its output on the dense inputs is computed, to hang hooks into it that hear that forward pass.
         Raises BlockwrightError without calibration data, or where a value is not finite (tensor and block named).
         """
         if (inputs != "none" or target) and self.calibration is None:
@@ -105,7 +107,11 @@ class Run:
             block = stream.block(self.model, i)  # not `entering`: a block before it may share its weights and have changed them
             y = None
             if dense is not None and (target or i + 1 < stream.num_blocks):
-                y = (block if _same_block(self.model, entered, block.name) else stream.block(entered, i)).outputs(dense)
+                heard = block if _same_block(self.model, entered, block.name) else stream.block(entered, i)
+                if done is None:
+                    watch(heard)
+                y = heard.outputs(dense)
+                del heard
             if done is None:
                 x = treated if inputs == "treated" else dense if inputs == "dense" else None
                 rng = self.generator(number, i)

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from transformers import PreTrainedConfig
 
 from blockwright.blocks import layers
 from blockwright.blocks.layers import Blueprint
@@ -23,6 +24,7 @@ from blockwright.errors import BlockwrightError
 FORMAT = 1
 OWN_STEM, STANDARD_STEM = "blockwright", "model"  # plain transformers finds no weights in an own-layout folder: it cannot open it wrongly
 SHARD_BYTES = 256 * 2**20
+WIDTHS = ("intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size")  # what config.json calls the width of a feed-forward layer
 SIDE_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "vocab.json", "merges.txt",
     "tokenizer.model", "added_tokens.json", "generation_config.json", "LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE",
@@ -81,11 +83,12 @@ def write(
     """Write the model into the empty folder `folder`. Returns the layout written: "standard" or "blockwright".
 
     layout : auto (standard where possible), standard, blockwright, unrolled (shared blocks as copies, adapters merged: standard, no gain in
-        size from sharing), dense (plain weights everywhere).
+        size from sharing), dense (plain weights everywhere; feed-forward layers of different widths get zero channels up to the widest, for
+        which config.json has a place: the same outputs, no gain).
     dtype : of floating-point tensors that are not scales. source : the dense model's folder, for tokenizer, licence and the like.
     about : goes into blockwright.json. Raises BlockwrightError where a standard layout cannot hold the model, with the reason.
     """
-    forms, copies = _written_forms(model, layout)
+    model, forms, copies = _written(model, layout)
     reason = why_not_standard(model.edited(forms=forms), shared=not copies)
     refuse_layout(layout, reason)
     standard = reason is None and layout != "blockwright"
@@ -112,7 +115,7 @@ def write(
 
 def predicted_bytes(model: Blueprint, dtype: torch.dtype = torch.bfloat16, layout: str = "auto") -> int:
     """Bytes of all tensors as `write` will store them."""
-    forms, copies = _written_forms(model, layout)
+    model, forms, copies = _written(model, layout)
     return sum(entry.facts.nbytes for entry in _entries(model, forms, dtype, copies=copies).values())
 
 
@@ -181,16 +184,48 @@ def _scheme(form: layers.Form) -> tuple[int, int, bool]:
     return form["bits"], form["group_size"], form["symmetric"]
 
 
-def _written_forms(model: Blueprint, layout: str) -> tuple[dict[str, layers.Form], bool]:
-    """The forms that stay in this layout, and whether blocks that share weights are written as copies."""
+def _written(model: Blueprint, layout: str) -> tuple[Blueprint, dict[str, layers.Form], bool]:
+    """The model under the config of this layout, the forms that stay, and whether blocks that share weights are written as copies."""
     forms = dict(model.forms)
     resized = {name: {"form": "linear", "size": form["size"]} for name, form in forms.items() if "size" in form}
     if layout == "dense":
-        forms = resized
+        config = uniform_config(model)
+        model, forms = (model, resized) if config is None else (model.edited(config=config), {})
     elif layout == "unrolled":
         adapters = tuple(f"{name}." for name, form in forms.items() if form["form"] == "lora")  # their packed bases are merged too
         forms = resized | {n: form for n, form in forms.items() if form["form"] == "packed" and not n.startswith(adapters)}
-    return forms, layout in ("dense", "unrolled")
+    return model, forms, layout in ("dense", "unrolled")
+
+
+def uniform_config(model: Blueprint) -> PreTrainedConfig | None:
+    """The config with the width of the widest feed-forward layer, into which zero channels fit the others; None where they do not fit."""
+    config = copy.deepcopy(model.config)
+    key = next((key for key in WIDTHS if hasattr(config, key)), "")
+    resized = {name: form["size"] for name, form in model.forms.items() if "size" in form}
+    full = getattr(config, key, None) or 4 * int(config.hidden_size)  # GPT-2's n_inner: None
+    if not resized or not key or not isinstance(full, int):
+        return None
+    before, now = layers.skeleton(config), model.skeleton()
+    path = layers.chain_path(before) + "."
+    widths = {
+        own * full / usual
+        for name, size in resized.items()
+        for own, usual in zip(size, layers.size(before.get_submodule(name)), strict=True)
+        if own != usual
+    }
+    narrow = {name.removeprefix(path).partition(".")[0] for name in resized}
+    widest = max(widths) if len(narrow) == layers.num_blocks(config) else full
+    if widest != int(widest):
+        return None
+    setattr(config, key, int(widest))
+    after = layers.skeleton(config)
+
+    def fits(name: str, module: nn.Module) -> bool:
+        own, new = layers.size(now.get_submodule(name)), layers.size(module)
+        return own == new or (name in resized and all(a == b or (a < b and b % widest == 0) for a, b in zip(own, new, strict=True)))
+
+    linears = [(name, module) for name, module in after.named_modules() if layers.is_linear(module)]
+    return config if all(fits(name, module) for name, module in linears) else None
 
 
 def _entries(model: Blueprint, forms: dict[str, layers.Form], dtype: torch.dtype, *, copies: bool) -> dict[str, Entry]:
@@ -220,10 +255,13 @@ def _entries(model: Blueprint, forms: dict[str, layers.Form], dtype: torch.dtype
             if owner in forms:  # as a linear of a size of its own
                 layers.place(unbuilt, owner, forms[owner])
             shape = tuple(unbuilt.get_submodule(owner).weight.shape)  # type: ignore[union-attr]
-            entries[f"{owner}.weight"] = Entry(Facts(dtype, shape), partial(_plain_weight, model, owner, built.get_submodule(owner), dtype))
+            weight = partial(_plain_weight, model, owner, built.get_submodule(owner), dtype)
+            entries[f"{owner}.weight"] = Entry(Facts(dtype, shape), partial(_padded, weight, shape, model.config))
             for bias in (f"{owner}.bias", f"{owner}.base.bias"):
                 if bias in model.tensors:
-                    entries[f"{owner}.bias"] = Entry(Facts(dtype, model.tensors.facts(bias).shape), partial(_read, model, bias, dtype))
+                    shape = tuple(unbuilt.get_submodule(owner).bias.shape)  # type: ignore[union-attr]
+                    read = partial(_read, model, bias, dtype)
+                    entries[f"{owner}.bias"] = Entry(Facts(dtype, shape), partial(_padded, read, shape, model.config))
     return entries
 
 
@@ -246,7 +284,20 @@ def _read(model: Blueprint, name: str, dtype: torch.dtype) -> Tensor:
 def _plain_weight(model: Blueprint, owner: str, module: nn.Module, dtype: torch.dtype) -> Tensor:
     module = copy.deepcopy(module)  # on meta; dropped again when it has been written
     layers.fill(module, model.tensors, owner + ".")
-    return _fitting(cast(Tensor, module.plain_weight()), dtype, f"{owner}.weight")
+    weight = module.weight if layers.is_linear(module) else module.plain_weight()
+    return _fitting(cast(Tensor, weight), dtype, f"{owner}.weight")
+
+
+def _padded(read: Callable[[], Tensor], shape: tuple[int, ...], config: PreTrainedConfig) -> Tensor:
+    """A tensor with zeros up to this shape: at its end or, where gate and up are one matrix, at the end of each."""
+    value = read()
+    for dim, wanted in enumerate(shape):
+        if value.shape[dim] != wanted:
+            width = next(getattr(config, key) for key in WIDTHS if hasattr(config, key))
+            parts = value.unflatten(dim, (wanted // width, -1))
+            zeros = parts.new_zeros([*parts.shape[: dim + 1], width - parts.shape[dim + 1], *parts.shape[dim + 2 :]])
+            value = torch.cat([parts, zeros], dim + 1).flatten(dim, dim + 1)
+    return value
 
 
 def _fitting(value: Tensor, dtype: torch.dtype, name: str) -> Tensor:

@@ -1,7 +1,8 @@
 """Prunes weights, then repairs each output row by prune-and-grow swaps, without gradients and without changing a weight that survives.
 
 Use it for 50 to 70 % unstructured or N:M sparsity where fine-tuning is out of reach. Not to save bytes (zeros are stored), and not where
-the hardware does not skip zeros: the model is then as large and as slow as before. DSnoT (Dynamic Sparse No Training), arXiv 2310.08915,
+the hardware does not skip zeros: the model is then as large and as slow as before. Beyond 60 % calibrate on text like that of the task:
+what the swaps win there they can lose on other text. DSnoT (Dynamic Sparse No Training), arXiv 2310.08915,
 with the scores of Wanda, arXiv 2306.11695, and SparseGPT, arXiv 2301.00774. Re-measure its claim: `blockwright reproduce dsnot`.
 """
 

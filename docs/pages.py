@@ -22,6 +22,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
         "changes.md": (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"),
         "recipes.md": recipes(),
         "roadmap.md": roadmap(),
+        "compose.md": compose(registry.results("composition").get("cpu")),
         "methods/index.md": methods(),
     }
     for m in registry.methods().values():
@@ -156,6 +157,26 @@ def roadmap() -> str:
                 )
         lines += [f"## {room}", "", *table(["method", "title", "arXiv", ""], rows), ""]
     return "\n".join(lines)
+
+
+def compose(result: dict[str, Any] | None) -> str:
+    """Which stage may follow which: a matrix, and below it the reasons."""
+    lines = [
+        "# Which stage may follow which",
+        "",
+        "Every pair of stages was run on a small model, the folder written and opened again: `blockwright reproduce composition`.",
+        "A row is the stage that comes first, a column the one after it.",
+        "",
+    ]
+    if result is None:
+        return "\n".join([*lines, "Not measured yet."])
+    found = {(row["first"], row["then"]): row["outcome"] for row in result["rows"]}
+    names = list(dict.fromkeys(first for first, _ in found))
+    word = {pair: outcome.partition(":")[0] for pair, outcome in found.items()}
+    lines += table(["", *names], [[f"**{a}**", *(word[a, b] for b in names)] for a in names])
+    lines += ["", "## Reasons", ""]
+    lines += [f"- {a}, {b}: {html.escape(outcome)}" for (a, b), outcome in found.items() if word[a, b] != outcome]
+    return "\n".join([*lines, ""])
 
 
 def recipes() -> str:

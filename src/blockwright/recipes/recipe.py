@@ -137,7 +137,7 @@ def check_order(stages: list[Stage]) -> None:
             needs = " or ".join(card["accepts"])
             raise BlockwrightError(
                 f"{stage.name} after {by}: {stage.name} needs {needs} weights, and {by} leaves {left} ones",
-                do=f"Put {stage.name} before {by}",
+                do=f"Put {stage.name} before {by}" if stage.name != by else "Use it once; `overrides` sets options for some layers",
             )
         left, by = card["leaves"], stage.name
 

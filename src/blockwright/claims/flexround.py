@@ -5,11 +5,11 @@ from functools import partial
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int, Int8
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from blockwright import meter, zoo
-from blockwright.blocks import tiles
+from blockwright.blocks.gptq import gptq
 from blockwright.blocks.layers import Blueprint
 from blockwright.blocks.packed import PackedLinear
 from blockwright.blocks.run import Run
@@ -205,29 +205,3 @@ def _gptq_block(block: Block, x: Tensor, y: Tensor | None, rng: torch.Generator,
             scale, zero = initial_grid(linear.weight, **grid, dtype=torch.bfloat16)  # type: ignore[arg-type]
             codes = gptq(linear.weight, grams[name].sum, scale, zero, bits=grid["bits"])  # type: ignore[arg-type]
             block.swap(name, PackedLinear.of(linear, codes, scale, zero, bits=grid["bits"], group_size=-1))
-
-
-def gptq(
-    w_NK: Float[Tensor, "N K"],
-    gram_KK: Float[Tensor, "K K"],
-    scale: Float[Tensor, "#N 1"],
-    zero: Int8[Tensor, "#N 1"] | None,
-    *,
-    bits: int,
-) -> Int8[Tensor, "N K"]:
-    """Codes of a matrix on a given grid, column by column, each column's error made up for by those after it; arXiv 2210.17323."""
-    h = gram_KK.double()
-    dead = h.diagonal() == 0
-    h.diagonal()[dead] = 1
-    order = h.diagonal().argsort(descending=True)
-    h = h[order][:, order]
-    h.diagonal().add_(0.01 * h.diagonal().mean())
-    u = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(h)), upper=True).float()
-    w = w_NK.float()[:, order].clone()
-    codes = torch.empty_like(w, dtype=torch.int8)
-    for i in range(w.shape[1]):
-        column = w[:, i : i + 1]
-        codes[:, i : i + 1] = tiles.to_codes(column, scale, zero, bits=bits)
-        error = (column - tiles.from_codes(codes[:, i : i + 1], scale, zero)) / u[i, i]
-        w[:, i + 1 :].addmm_(error, u[i : i + 1, i + 1 :], alpha=-1)
-    return codes[:, order.argsort()]

@@ -24,6 +24,7 @@ from transformers.core_model_loading import WeightRenaming, rename_source_key
 from transformers.pytorch_utils import Conv1D
 
 from blockwright.blocks.lora import LoraLinear
+from blockwright.blocks.low_rank import LowRankLinear
 from blockwright.blocks.packed import PackedEmbedding, PackedLinear
 from blockwright.blocks.parameters import Place, Tensors
 from blockwright.errors import BlockwrightError
@@ -32,7 +33,12 @@ Form = dict[str, Any]  # JSON: {"form": "packed", "bits": 4, ...}: how to rebuil
 
 # The modules that may stand where the architecture built another: each has form() and from_form(module it replaces, form).
 # Of any form, "size": [N, K] tells that the linear it replaces is not of the architecture's size; {"form": "linear", "size"} is that alone.
-FORMS: dict[str, Any] = {"packed": PackedLinear, "packed_embedding": PackedEmbedding, "lora": LoraLinear}
+FORMS: dict[str, Any] = {
+    "packed": PackedLinear,
+    "packed_embedding": PackedEmbedding,
+    "lora": LoraLinear,
+    "low_rank": LowRankLinear,
+}
 
 
 @dataclass(frozen=True)

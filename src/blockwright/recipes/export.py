@@ -192,7 +192,7 @@ def _written(model: Blueprint, layout: str) -> tuple[Blueprint, dict[str, layers
         config = uniform_config(model)
         model, forms = (model, resized) if config is None else (model.edited(config=config), {})
     elif layout == "unrolled":
-        adapters = tuple(f"{name}." for name, form in forms.items() if form["form"] == "lora")  # their packed bases are merged too
+        adapters = tuple(f"{name}." for name, form in forms.items() if form["form"] in ("lora", "low_rank"))  # packed parts are merged too
         forms = resized | {n: form for n, form in forms.items() if form["form"] == "packed" and not n.startswith(adapters)}
     return model, forms, layout in ("dense", "unrolled")
 
@@ -257,7 +257,7 @@ def _entries(model: Blueprint, forms: dict[str, layers.Form], dtype: torch.dtype
             shape = tuple(unbuilt.get_submodule(owner).weight.shape)  # type: ignore[union-attr]
             weight = partial(_plain_weight, model, owner, built.get_submodule(owner), dtype)
             entries[f"{owner}.weight"] = Entry(Facts(dtype, shape), partial(_padded, weight, shape, model.config))
-            for bias in (f"{owner}.bias", f"{owner}.base.bias"):
+            for bias in (f"{owner}.bias", f"{owner}.base.bias", f"{owner}.U.bias"):
                 if bias in model.tensors:
                     shape = tuple(unbuilt.get_submodule(owner).bias.shape)  # type: ignore[union-attr]
                     read = partial(_read, model, bias, dtype)

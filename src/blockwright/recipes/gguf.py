@@ -206,7 +206,8 @@ def _encoded(model: Blueprint, built: nn.Module, owner: str, last: str) -> Encod
         module = copy.deepcopy(built.get_submodule(owner))  # on meta; dropped again when it has been written
         layers.fill(module, model.tensors, owner + ".")
         return _nearest(module)
-    name = next(n for n in (f"{owner}.{last}", f"{owner}.base.{last}") if n in model.tensors)  # a bias may lie under an adapter
+    places = (f"{owner}.{last}", f"{owner}.base.{last}", f"{owner}.U.{last}")  # a bias may lie under an adapter, or a low-rank pair
+    name = next(n for n in places if n in model.tensors)
     value = model.tensors.read([name])[name]
     layers.check_finite(value, name)
     return _dense(value)

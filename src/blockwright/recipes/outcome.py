@@ -213,7 +213,7 @@ def _part(
     elif not stored:
         treatment = "shared"
     elif forms:
-        treatment = " + ".join(_form(f) for f in forms)
+        treatment = " + ".join(dict.fromkeys(_form(f) for f in forms))
     else:
         matrix = next((t for t in after if t.endswith(".weight") and len(result.tensors.facts(t).shape) == 2), None)
         if matrix is not None:

@@ -12,7 +12,7 @@ from blockwright import registry, zoo
 from blockwright.blocks import folders, layers
 from blockwright.blocks.layers import Blueprint
 from blockwright.errors import BlockwrightError
-from blockwright.recipes.recipe import Recipe, Text
+from blockwright.recipes.recipe import Recipe, Stage, Text
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "LICENSE*"]
@@ -50,7 +50,7 @@ def prepare(recipe: Recipe) -> Job:
     tokenizer = _tokenizer(source)
     evaluation, heard = _ids(recipe.evaluation, "evaluation", dense, tokenizer)
     calibration = None
-    if any("calibration" in registry.method(s.name).card["needs"] for s in recipe.stages):
+    if any(_learns(stage) for stage in recipe.stages):
         calibration, learned = _ids(recipe.calibration, "calibration", dense, tokenizer)
         run = zoo.shared_run(learned, heard)
         if run is not None:
@@ -100,6 +100,12 @@ def check_output(out: Path, *, resume: bool, overwrite: bool) -> None:
             allowed="a new or empty folder",
             do="Use --overwrite to replace it, or name another folder",
         )
+
+
+def _learns(stage: Stage) -> bool:
+    """Whether a stage needs the calibration text: always, or by an option that its card names in `text_for`."""
+    card = registry.method(stage.name).card
+    return "calibration" in card["needs"] or any(stage.options[name] for name in card.get("text_for", ()))
 
 
 def _check_language_model(config: PreTrainedConfig) -> None:

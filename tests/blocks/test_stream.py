@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from blockwright.blocks import layers
 from blockwright.blocks.layers import Blueprint
 from blockwright.blocks.packed import PackedLinear
-from blockwright.blocks.stream import Gram, Moments, Stat, Stream, batches, in_features
+from blockwright.blocks.stream import Gram, Moments, Stat, Stream, batches
 from blockwright.errors import BlockwrightError
 
 N, T = 5, 9
@@ -248,7 +248,7 @@ def test_linears_are_named_in_full_and_chosen_by_targets():
     ]
     assert list(block.linears(ignore=["re:mlp", path + names[1]])) == [path + n for n in (names[0], names[2], names[3])]
     gpt2 = Stream(blueprint := Blueprint.of_module(tiny.model("gpt2")), None).block(blueprint, 0)
-    assert [in_features(m) for m in gpt2.linears().values()] == [24, 24, 24, 96]  # Conv1D counts as Linear
+    assert [layers.size(m)[1] for m in gpt2.linears().values()] == [24, 24, 24, 96]  # Conv1D counts as Linear
     assert list(gpt2.linears(["c_fc"])) == ["transformer.h.0.mlp.c_fc"]
 
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from language import text
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
@@ -507,18 +508,6 @@ def test_bf16_is_kept_and_the_tie_too():
 
 
 # recovery
-
-
-@cache
-def text():
-    """Windows [64, 24] of a language in which two tokens decide the next one, nine times in ten."""
-    rng = torch.Generator().manual_seed(0)
-    table = torch.randint(0, 12, (12, 12), generator=rng)
-    tokens = torch.randint(0, 12, (64, 24), generator=rng)
-    noise = torch.rand(64, 24, generator=rng) < 0.1
-    for t in range(2, 24):
-        tokens[:, t] = torch.where(noise[:, t], tokens[:, t], table[tokens[:, t - 1], tokens[:, t - 2]])
-    return tokens
 
 
 @cache

@@ -9,6 +9,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from language import TOKENS as V
+from language import text
 from torch import nn
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
@@ -23,26 +25,12 @@ from blockwright.compress.foldgpt import foldgpt
 from blockwright.errors import BlockwrightError
 from blockwright.recipes import export
 
-V = 12  # tokens
-
 
 def llama(num_layers=6, **changes):
     torch.manual_seed(0)
     sizes = dict(vocab_size=V, hidden_size=32, intermediate_size=64, num_attention_heads=2, num_key_value_heads=1, tie_word_embeddings=True)
     sizes |= dict(bos_token_id=None, eos_token_id=None)
     return LlamaForCausalLM(LlamaConfig(num_hidden_layers=num_layers, **{**sizes, **changes})).eval()
-
-
-@cache
-def text():
-    """Windows [64, 24] of a language in which two tokens decide the next one, nine times in ten."""
-    rng = torch.Generator().manual_seed(0)
-    table = torch.randint(0, V, (V, V), generator=rng)
-    ids = torch.randint(0, V, (64, 24), generator=rng)
-    noise = torch.rand(64, 24, generator=rng) < 0.1
-    for t in range(2, 24):
-        ids[:, t] = torch.where(noise[:, t], ids[:, t], table[ids[:, t - 1], ids[:, t - 2]])
-    return ids
 
 
 @cache
@@ -103,10 +91,10 @@ LORA = dict(remove=0.0, gate_steps=0, r=2, cure_steps=3, cure_lr=1e-2)
 
 @pytest.mark.parametrize("i", [0, 3, 5])
 def test_open_gates_are_the_model_and_a_closed_one_is_a_deleted_block(i):
-    model, g = trained(), torch.ones(1, 6)
+    model, g = trained(), torch.ones(6)
     with method.gated(model.model.layers, lambda: g):
         assert (logits_of(model) - logits_of(without(model, []))).abs().max() <= 1e-5
-        g = torch.ones(1, 6).index_fill(1, torch.tensor(i), 0.0)
+        g = torch.ones(6).index_fill(0, torch.tensor(i), 0.0)
         assert (logits_of(model) - logits_of(without(model, [i]))).abs().max() <= 1e-5
     assert torch.equal(logits_of(model), logits_of(without(model, [])))  # the hooks are gone
 

@@ -3,10 +3,9 @@
 import pytest
 import torch
 
-from blockwright import registry
 from blockwright.claims import composition
 
-STAGES = [m.slug for m in registry.methods().values() if m.card["kind"] == "stage" and m.module.startswith("blockwright.")]
+STAGES = composition.stages()
 
 
 @pytest.fixture(scope="module")

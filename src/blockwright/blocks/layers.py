@@ -290,6 +290,25 @@ def size(linear: nn.Module) -> tuple[int, int]:
     return int(linear.out_features), int(linear.in_features)  # type: ignore[arg-type]
 
 
+def matrix(linear: nn.Module) -> Tensor:
+    """The weight of a dense linear as outputs x inputs: a view, without gradients."""
+    weight = cast(Tensor, linear.weight)
+    return (weight.T if isinstance(linear, Conv1D) else weight).detach()
+
+
+def block_linears(model: nn.Module) -> dict[str, nn.Module]:
+    """Full dotted name -> dense linear of the chain of blocks, in the order of the module tree."""
+    path = chain_path(model) + "."
+    return {n: m for n, m in model.named_modules() if n.startswith(path) and is_linear(m)}
+
+
+def targeted(linears: Mapping[str, nn.Module], targets: Iterable[str], ignore: Iterable[str]) -> dict[str, nn.Module]:
+    """Those that `targets` names and `ignore` does not; a transformers Conv1D counts as the target "Linear"."""
+    targets, ignore = list(targets), list(ignore)
+    wanted = [*targets, "Conv1D"] if "Linear" in targets else targets
+    return {n: m for n, m in linears.items() if selected(n, m, wanted, ignore)}
+
+
 def selected(name: str, module: nn.Module, targets: Iterable[str], ignore: Iterable[str]) -> bool:
     """Whether `targets` names this module and `ignore` does not: a class name, a dotted name, its end, or `re:<regex>`."""
 
@@ -315,11 +334,11 @@ def place(root: nn.Module, name: str, form: Form) -> None:
     """Put what `form` describes, without its tensors, where the module `name` stands."""
     replaced = root.get_submodule(name)
     if "size" in form:
-        replaced = _resized(replaced, *form["size"])
+        replaced = resized(replaced, *form["size"])
     swap(root, name, replaced if form["form"] == "linear" else FORMS[form["form"]].from_form(replaced, form))
 
 
-def _resized(linear: nn.Module, n: int, k: int) -> nn.Module:
+def resized(linear: nn.Module, n: int, k: int) -> nn.Module:
     """A linear of the same kind on meta, with N outputs and K inputs."""
     bias = linear.bias is not None
     with torch.device("meta"):

@@ -44,11 +44,8 @@ class Block:
 
         A transformers Conv1D counts as "Linear".
         """
-        targets, ignore = list(targets), list(ignore)
-        if "Linear" in targets:
-            targets.append("Conv1D")
         found = {f"{self.name}.{n}": m for n, m in self.module.named_modules() if layers.is_linear(m)}
-        return {n: m for n, m in found.items() if n not in self.shared and layers.selected(n, m, targets, ignore)}
+        return layers.targeted({n: m for n, m in found.items() if n not in self.shared}, targets, ignore)
 
     def swap(self, name: str, new: nn.Module) -> None:
         """Put `new`, one of layers.FORMS or a dense linear of another size, where the module of this full name stands."""
@@ -88,7 +85,7 @@ class Block:
         Raises BlockwrightError naming the linear whose inputs are not finite.
         """
         modules = {n: m for n, m in self.linears().items() if linears is None or n in set(linears)}
-        stats = {n: make(in_features(m)) for n, m in modules.items()}
+        stats = {n: make(layers.size(m)[1]) for n, m in modules.items()}
 
         def hook(stat: Stat) -> Any:
             return lambda module, args: stat.add(args[0].detach().reshape(-1, args[0].shape[-1]))
@@ -214,11 +211,6 @@ def batches(n: int, size: int) -> Iterator[slice]:
     """0..n cut into slices of `size`, the last one shorter."""
     for start in range(0, n, size):
         yield slice(start, min(start + size, n))
-
-
-def in_features(linear: nn.Module) -> int:
-    """Inputs of a dense linear; a Conv1D stores its weight as [in, out]."""
-    return int(linear.in_features if isinstance(linear, nn.Linear) else linear.weight.shape[0])  # type: ignore[union-attr,index]
 
 
 @runtime_checkable

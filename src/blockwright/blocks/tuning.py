@@ -4,7 +4,8 @@ A method builds its model (`run.model.build`), marks what learns, and calls `run
 over the blocks takes what was learned, `merge` for LoRA.
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
@@ -48,6 +49,15 @@ class Feed:
         ids = self.ids[rows[:, None], at].to(rng.device)
         return ids, None if self.mask is None else self.mask[rows[:, None], at].to(rng.device)
 
+    def loss(self, model: nn.Module) -> Callable[[int, torch.Generator], Tensor]:
+        """The next-token loss of a resident model on a new batch, as `run.train` calls it."""
+
+        def loss(i: int, rng: torch.Generator) -> Tensor:
+            ids, mask = self.draw(rng)
+            return next_token_loss(model(ids, attention_mask=mask, use_cache=False).logits, ids, mask)
+
+        return loss
+
 
 def next_token_loss(logits: Float[Tensor, "b T V"], ids: Int[Tensor, "b T"], mask: Int[Tensor, "b T"] | None) -> Float[Tensor, ""]:
     """Mean cross entropy of the next token, in nats, where it and the one before it are real."""
@@ -68,6 +78,25 @@ def chain(model: nn.Module, *, checkpointing: bool = False) -> nn.ModuleList:
         for block in blocks:
             block.forward = partial(checkpoint, block.forward, use_reentrant=False)  # type: ignore[method-assign]
     return blocks
+
+
+def block_vectors(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Vectors of the blocks that belong to no linear, norms above all, by full name."""
+    path = layers.chain_path(model) + "."
+    found: dict[str, nn.Parameter] = {}
+    for name, module in model.named_modules():
+        if name.startswith(path) and not layers.is_linear(module):
+            found |= {f"{name}.{n}": p for n, p in module.named_parameters(recurse=False) if p.dim() == 1}
+    return found
+
+
+def kept_for_backward(block_parameters: int, tokens: int, *, checkpointing: bool) -> float:
+    """About how many floats a block keeps for the backward pass of a batch of `tokens`, in units of its parameters.
+
+    34 times its width for each token, or its input alone with checkpointing; a block has about 12 width^2 parameters.
+    """
+    width = math.sqrt(block_parameters / 12)
+    return (1 if checkpointing else 34) * width * tokens / block_parameters
 
 
 def add_lora(

@@ -11,7 +11,7 @@ from transformers import LlamaConfig
 import blockwright
 from blockwright import registry
 from blockwright.claims.runner import Claim
-from blockwright.claims.streaming import write_model
+from blockwright.claims.streaming import WORDS, write_model, write_texts
 from blockwright.errors import BlockwrightError
 
 QUICK: dict[str, dict[str, Any]] = {  # options that make a stage quick, or visible, on a model of 4 blocks; others run with their defaults
@@ -24,7 +24,7 @@ WORKS = "works"
 
 def claim(*, seed: int = 0, device: str = "cpu") -> Claim:
     """All ordered pairs of the stages that treat a language model, each with itself too, on a random Llama of 4 blocks."""
-    names = [m.slug for m in registry.methods().values() if m.card["kind"] == "stage" and m.module.startswith("blockwright.")]
+    names = stages()
     with tempfile.TemporaryDirectory(prefix="blockwright-") as scratch:
         write_small_model(Path(scratch), seed=seed)
         rows = [{"first": a, "then": b, "outcome": outcome(Path(scratch), [a, b], seed=seed)} for a, b in product(names, names)]
@@ -43,22 +43,26 @@ def claim(*, seed: int = 0, device: str = "cpu") -> Claim:
     )
 
 
+def stages() -> list[str]:
+    """The slugs of our own stages; those of other packages are theirs to combine."""
+    return [m.slug for m in registry.methods().values() if m.card["kind"] == "stage" and m.module.startswith("blockwright.")]
+
+
 def write_small_model(folder: Path, *, seed: int = 0) -> None:
     """A random model in `folder`/model, and two texts that share no run of words."""
     config = LlamaConfig(
-        vocab_size=91, hidden_size=64, intermediate_size=128, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2
+        vocab_size=WORDS + 1, hidden_size=64, intermediate_size=128, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2
     )
     write_model(folder / "model", config, blocks_per_file=4, seed=seed)
-    for name, step in (("learn", 1), ("judge", 7)):
-        (folder / f"{name}.txt").write_text(" ".join(f"w{(i * i + step * i) % 90}" for i in range(256)))
+    write_texts(folder, 256)
 
 
-def outcome(scratch: Path, stages: list[str], *, seed: int = 0) -> str:
+def outcome(scratch: Path, names: list[str], *, seed: int = 0) -> str:
     """WORKS, "refused: " with the reason, or "failed: " with what went wrong, of a recipe with these stages."""
     with tempfile.TemporaryDirectory(dir=scratch) as folder:
         recipe = {
             "model": str(scratch / "model"),
-            "stages": [{name: QUICK.get(name, {})} for name in stages],
+            "stages": [{name: QUICK.get(name, {})} for name in names],
             "out": str(Path(folder) / "out"),
             "seed": seed,
             "calibration": {"text": str(scratch / "learn.txt"), "num": 8, "length": 16},

@@ -78,8 +78,7 @@ def peaks(scratch: Path, stages: Mapping[str, Mapping[str, Any]], *, length: int
     Returns loaded (peak bytes of a child that only imports), bytes (of the model's weights), and stages: for each one peak_bytes (above
     `loaded`), seconds, written_bytes and bits (of a written weight, all tensors together).
     """
-    for name, step in (("learn", 1), ("judge", 7)):
-        (scratch / f"{name}.txt").write_text(" ".join(f"w{(i * i + step * i) % WORDS}" for i in range(4 * length)))
+    write_texts(scratch, 4 * length)
     loaded = meter.peak_rss("-c", LOADED)
     weights = sum(p.stat().st_size for p in (scratch / "model").glob("*.safetensors"))
     found = {}
@@ -104,6 +103,12 @@ def peaks(scratch: Path, stages: Mapping[str, Mapping[str, Any]], *, length: int
             "bits": 16 * written / weights,
         }
     return {"loaded": loaded, "bytes": weights, "stages": found}
+
+
+def write_texts(folder: Path, words: int) -> None:
+    """learn.txt and judge.txt, of that many words each; they share no run of 20."""
+    for name, step in (("learn", 1), ("judge", 7)):
+        (folder / f"{name}.txt").write_text(" ".join(f"w{(i * i + step * i) % WORDS}" for i in range(words)))
 
 
 def write_model(folder: Path, config: LlamaConfig, *, blocks_per_file: int, seed: int = 0) -> None:

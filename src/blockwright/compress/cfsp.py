@@ -19,7 +19,7 @@ from blockwright.blocks import budget, layers
 from blockwright.blocks.layers import Blueprint
 from blockwright.blocks.run import Facts, Run, stage
 from blockwright.blocks.stream import Block, batches
-from blockwright.blocks.tuning import Feed, add_lora, chain, merge, next_token_loss
+from blockwright.blocks.tuning import Feed, add_lora, chain, kept_for_backward, merge
 from blockwright.errors import BlockwrightError
 from blockwright.options import Count, Positive, Rate, Share
 
@@ -146,8 +146,7 @@ def plan(*, block_parameters: int, tokens: int, **options: Any) -> dict[str, Any
     """
     again = 1 if options["gradient_checkpointing"] else 0
     step = options["batch_size"] * options["max_seq_length"] if options["recovery_steps"] else 0
-    width = math.sqrt(block_parameters / 12)
-    saved = (1 if again else 34) * width * step / block_parameters  # floats that a block keeps for the backward pass: about 34 widths
+    saved = kept_for_backward(block_parameters, step, checkpointing=options["gradient_checkpointing"])
     return {
         "copies": 5,
         "passes": 1 + (3 + again) * options["recovery_steps"] * step / max(tokens, 1),
@@ -386,8 +385,8 @@ def _cut(
     if count == ffn.size:
         return
     linears = {name: block.module.get_submodule(name) for name in (*ffn.into, ffn.out)}
-    into = [half for name in ffn.into for half in _weight(linears[name]).chunk(_halves(name))]
-    out = _weight(linears[ffn.out])
+    into = [half for name in ffn.into for half in layers.matrix(linears[name]).chunk(_halves(name))]
+    out = layers.matrix(linears[ffn.out])
     keep = highest(score(out, into, facts[block.index]["norm"].to(out.device)), count)
     for name in ffn.into:
         rows = torch.cat([keep + half * ffn.size for half in range(_halves(name))])
@@ -395,22 +394,15 @@ def _cut(
     block.swap(f"{block.name}.{ffn.out}", narrower(linears[ffn.out], columns=keep))
 
 
-def _weight(linear: nn.Module) -> Tensor:
-    """Outputs x inputs; a Conv1D stores [in, out]."""
-    assert isinstance(linear.weight, Tensor)
-    return linear.weight.data.T if isinstance(linear, Conv1D) else linear.weight.data
-
-
 def narrower(linear: nn.Module, *, rows: Int[Tensor, " n"] | None = None, columns: Int[Tensor, " k"] | None = None) -> nn.Module:
     """An nn.Linear or Conv1D with only these outputs or inputs of another."""
-    weight, bias = _weight(linear), linear.bias
+    weight, bias = layers.matrix(linear), linear.bias
     if rows is not None:
         weight, bias = weight[rows], None if bias is None else bias[rows]  # type: ignore[index]
     if columns is not None:
         weight = weight[:, columns]
     n, k = weight.shape
-    with torch.device("meta"):  # draws no random numbers
-        new = Conv1D(n, k) if isinstance(linear, Conv1D) else nn.Linear(k, n, bias=bias is not None)
+    new = layers.resized(linear, n, k)
     new.weight = nn.Parameter((weight.T if isinstance(linear, Conv1D) else weight).contiguous(), requires_grad=False)
     if bias is not None:
         new.bias = nn.Parameter(bias.detach().clone(), requires_grad=False)  # type: ignore[operator,union-attr]
@@ -426,16 +418,12 @@ def recover(run: Run, feed: Feed, ranks: Sequence[int], *, steps: int, lr: float
     factors = add_lora(run, model, r=ranks, lora_alpha=[LORA_SCALE * r for r in ranks], shared=True)
     chain(model, checkpointing=checkpointing)
 
-    def loss(i: int, rng: torch.Generator) -> Tensor:
-        ids, mask = feed.draw(rng)
-        return next_token_loss(model(ids, attention_mask=mask, use_cache=False).logits, ids, mask)
-
     optimizer = torch.optim.AdamW(factors, lr=lr, weight_decay=0.0)
 
     def before(i: int) -> None:
         optimizer.param_groups[0]["lr"] = lr * (1 + math.cos(math.pi * i / steps)) / 2
 
-    run.curves["recovery: loss"] = run.train(loss, optimizer, steps=steps, before=before)
+    run.curves["recovery: loss"] = run.train(feed.loss(model), optimizer, steps=steps, before=before)
     return model
 
 

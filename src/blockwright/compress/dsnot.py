@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from blockwright.blocks import layers, tiles
 from blockwright.blocks.run import Run, stage
-from blockwright.blocks.stream import Block, Gram, Moments, in_features
+from blockwright.blocks.stream import Block, Gram, Moments
 from blockwright.errors import BlockwrightError
 from blockwright.options import Count, Share, Targets
 
@@ -98,7 +98,7 @@ def dsnot(
         moments = block.observe(x, Moments if var == "pooled" else _within(x.shape[1]), linears)
         grams = block.observe(x, Gram, linears) if initial_method == "sparsegpt" else {}
         for name, linear in linears.items():
-            weight = linear.weight.data if isinstance(linear, nn.Linear) else linear.weight.data.T  # a Conv1D holds [in, out]
+            weight = layers.matrix(linear)
             inputs, gram = moments.pop(name), grams.pop(name, None)  # let go of each Gram matrix once it is used
             wanda = wanda_score(weight, inputs.norm)
             if gram is not None:
@@ -437,11 +437,8 @@ def _checked(
 
 def _check_linears(run: Run, pattern: tuple[int, int] | None, skip: list[str], targets: Targets, ignore: Targets) -> None:
     """Raise BlockwrightError where `targets` or a word of `skip` names no linear of the chain, or M does not divide a linear's inputs."""
-    skeleton = run.model.skeleton()
-    path = layers.chain_path(skeleton)
-    wanted = [*targets, "Conv1D"] if "Linear" in targets else targets
-    linears = {f"{path}.{name}": m for name, m in skeleton.get_submodule(path).named_modules() if layers.is_linear(m)}
-    chosen = {name: m for name, m in linears.items() if layers.selected(name, m, wanted, ignore)}
+    linears = layers.block_linears(run.model.skeleton())
+    chosen = layers.targeted(linears, targets, ignore)
     if not chosen:
         raise BlockwrightError(
             f"dsnot: targets={targets} with ignore={ignore} name no linear",
@@ -456,9 +453,10 @@ def _check_linears(run: Run, pattern: tuple[int, int] | None, skip: list[str], t
                 do="Use skip=[] to refine all",
             )
     for name, m in chosen.items():
-        if pattern is not None and in_features(m) % pattern[1]:
+        k = layers.size(m)[1]
+        if pattern is not None and k % pattern[1]:
             raise BlockwrightError(
-                f"dsnot: {name}: in_features {in_features(m)} not divisible by M={pattern[1]}",
+                f"dsnot: {name}: in_features {k} not divisible by M={pattern[1]}",
                 allowed="N:M where M divides the inputs of every targeted linear",
                 do=f"Use another mask_structure, or add {name.rpartition('.')[2]!r} to ignore",
             )

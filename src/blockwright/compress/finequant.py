@@ -18,7 +18,6 @@ from typing import Any, Literal
 import torch
 from jaxtyping import Float, Int8, Int32
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from blockwright.blocks import budget, layers, tiles
 from blockwright.blocks.packed import PackedEmbedding, PackedLinear
@@ -274,7 +273,7 @@ class QuantLinear(nn.Module):
         """A dense linear (nn.Linear or Conv1D), quantised. Raises as `quantize` does, and for bits without a kernel."""
         if bits not in KERNEL_BITS:
             raise BlockwrightError(f"QuantLinear: bits={bits}", allowed="4, 8", do="Other widths are stored only")
-        codes, scale = quantize(_matrix(linear), bits=bits, group_size=group_size)
+        codes, scale = quantize(layers.matrix(linear), bits=bits, group_size=group_size)
         return cls(PackedLinear.of(linear, codes, scale, bits=bits, group_size=group_size))
 
     @staticmethod
@@ -388,11 +387,9 @@ def _check(options: Mapping[str, Any], place: str = "") -> None:
 
 def _check_patterns(run: Run, targets: Targets, ignore: Targets, overrides: Mapping[str, Any]) -> None:
     """Raise BlockwrightError where targets or an override name no linear of the blocks."""
-    skeleton = run.model.skeleton()
-    path = layers.chain_path(skeleton) + "."
-    linears = {n: m for n, m in skeleton.named_modules() if n.startswith(path) and layers.is_linear(m)}
+    linears = layers.block_linears(run.model.skeleton())
     some = ", ".join(sorted({n.rpartition(".")[2] for n in linears}))
-    treated = {n: m for n, m in linears.items() if layers.selected(n, m, [*targets, *(["Conv1D"] if "Linear" in targets else [])], ignore)}
+    treated = layers.targeted(linears, targets, ignore)
     if not treated:
         raise BlockwrightError(f"finequant: targets={targets}, ignore={ignore} leave no linear", allowed=f"linears of the blocks: {some}")
     for pattern in overrides:
@@ -410,15 +407,9 @@ def _options_of(options: dict[str, Any], overrides: Mapping[str, Mapping[str, An
     return chosen
 
 
-def _matrix(linear: nn.Module) -> Tensor:
-    """The weight as outputs x inputs."""
-    weight: Tensor = linear.weight  # type: ignore[assignment]
-    return (weight.T if isinstance(linear, Conv1D) else weight).detach()
-
-
 def _quantized(name: str, linear: nn.Module, o: Mapping[str, Any], group_size: int | str) -> tuple[Tensor, Tensor, int]:
     """Codes, scales and group size of one linear, chosen from its weights where it is "adaptive"."""
-    w, dtype = _matrix(linear), DTYPES[o["scale_dtype"]]
+    w, dtype = layers.matrix(linear), DTYPES[o["scale_dtype"]]
     if group_size == "adaptive":
         group_size = choose_group_size(w, alpha=float(o["alpha"]), reduce=o["reduce"], scale_bits=8 * dtype.itemsize)
     size = -1 if int(group_size) >= w.shape[1] else int(group_size)
@@ -460,7 +451,7 @@ def _measure_block(
     """For each linear: its number of weights, and for each group size it may have the relative squared error and the bits it takes."""
     facts: Facts = {}
     for name, linear in block.linears(targets, ignore).items():
-        w, o = _matrix(linear), decide(name, linear)
+        w, o = layers.matrix(linear), decide(name, linear)
         choices = [o["group_size"]] if o["fixed"] else [g for g in CHOICES if g == -1 or (g < w.shape[1] and w.shape[1] % g == 0)]
         errors, sizes, bits = [], [], []
         for choice in choices:

@@ -15,12 +15,11 @@ from typing import Any, Literal, NamedTuple, Protocol, cast, runtime_checkable
 import torch
 from jaxtyping import Float, Int, Int8
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from blockwright.blocks import layers, tiles
 from blockwright.blocks.packed import PackedLinear
 from blockwright.blocks.run import Facts, Run, stage
-from blockwright.blocks.stream import Block, batches, in_features
+from blockwright.blocks.stream import Block, batches
 from blockwright.errors import BlockwrightError
 from blockwright.options import Bits, Count, GroupSize, Positive, Rate, Targets
 
@@ -451,8 +450,7 @@ def _distance(groups: Tensor, scale: Tensor, zero: Tensor | None, bits: int) -> 
 
 def _start(linear: nn.Module, rng: torch.Generator, **options: Any) -> FlexRound:
     """The rounding of a linear, at rounding to nearest."""
-    weight = linear.weight.detach()  # type: ignore[operator]
-    w_NK = weight.T.contiguous() if isinstance(linear, Conv1D) else weight
+    w_NK = layers.matrix(linear).contiguous()
     grid = {key: options[key] for key in ("bits", "strategy", "group_size", "symmetric", "clipping")}
     scale, zero = initial_grid(w_NK, dtype=DTYPES[options["scale_dtype"]], **grid)
     shared = options["group_size"] if options["strategy"] == "group" else -1
@@ -465,11 +463,7 @@ def _choose(
 ) -> dict[str, dict[str, Any]]:
     """Full name of each linear to quantise -> its options, checked."""
     _check_linear("flexround", defaults)
-    skeleton = run.model.skeleton()
-    path = layers.chain_path(skeleton) + "."
-    wanted = [*targets, "Conv1D"] if "Linear" in targets else targets
-    linears = {n: m for n, m in skeleton.named_modules() if n.startswith(path) and layers.is_linear(m)}
-    linears = {n: m for n, m in linears.items() if layers.selected(n, m, wanted, ignore)}
+    linears = layers.targeted(layers.block_linears(run.model.skeleton()), targets, ignore)
     if not linears:
         raise BlockwrightError(
             f"flexround: targets={targets} and ignore={ignore} leave no linear",
@@ -488,7 +482,7 @@ def _choose(
         for name in named:
             chosen[name] |= values
     for name, options in chosen.items():
-        k, group = in_features(linears[name]), options["group_size"]
+        k, group = layers.size(linears[name])[1], options["group_size"]
         if options["strategy"] == "group" and group != -1 and k % group:
             fits = next(g for g in range(min(group, k), 0, -1) if k % g == 0)
             raise BlockwrightError(

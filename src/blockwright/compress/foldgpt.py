@@ -24,7 +24,7 @@ from blockwright.blocks.lora import LoraLinear
 from blockwright.blocks.parameters import Place
 from blockwright.blocks.run import Facts, Run, stage
 from blockwright.blocks.stream import Block, batches
-from blockwright.blocks.tuning import Feed, add_lora, chain, mean_of_real, merge, next_token_loss
+from blockwright.blocks.tuning import Feed, add_lora, block_vectors, chain, kept_for_backward, mean_of_real, merge, next_token_loss
 from blockwright.errors import BlockwrightError
 from blockwright.options import Count, Positive, Rate, Share
 
@@ -134,8 +134,10 @@ def foldgpt(
         gates = train_gates(
             run, feed, free=free, num_removed=num_removed, steps=gate_steps, lr=gate_lr, checkpointing=gradient_checkpointing
         )
-        rankings = [[(g, does) for g, (_, does) in zip(gates, score, strict=True)], score]
-        score = min(rankings, key=lambda s: loss_without(run, feed, _lowest(free, s, num_removed)))
+        by_gates = [(g, does) for g, (_, does) in zip(gates, score, strict=True)]
+        ours, theirs = (sorted(_lowest(free, s, num_removed)) for s in (by_gates, score))
+        if ours == theirs or loss_without(run, feed, ours) <= loss_without(run, feed, theirs):
+            score = by_gates
     gone = _lowest(free, score, num_removed)
     keep = [i for i in range(total) if i not in gone]
     run.model = run.model.with_layers(keep)
@@ -173,10 +175,7 @@ def plan(*, block_parameters: int, tokens: int, **options: Any) -> dict[str, Any
     again = 1 if options["gradient_checkpointing"] else 0
     gating = (2 + again) * options["gate_steps"] if options["ranking"] == "gates" else 0  # forward, and backward to activations alone
     curing = (4 + again) * options["cure_steps"]  # the teacher's forward too
-    width = math.sqrt(block_parameters / 12)
-    saved = (
-        (1 if again else 34) * width * step / block_parameters
-    )  # floats that a block keeps for the backward pass, about 34 times its width
+    saved = kept_for_backward(block_parameters, step, checkpointing=options["gradient_checkpointing"])
     models = 2 if options["cure_steps"] else 1
     return {
         "copies": 2,
@@ -205,29 +204,29 @@ def influence(run: Run) -> list[float]:
     return [facts["similarity"] for facts in run.blocks(visit, inputs="dense", target=True)]
 
 
-def gate(u: Float[Tensor, "*b F"], num_open: int | float) -> Float[Tensor, "*b F"]:
-    """G(m) = m^2 / (m^2 + eps), a smoothed L0 norm, where m^2 = exp(u), and eps > 0 such that a row sums to num_open, 0 < num_open < F.
+def gate(u: Float[Tensor, " F"], num_open: int | float) -> Float[Tensor, " F"]:
+    """G(m) = m^2 / (m^2 + eps), a smoothed L0 norm, where m^2 = exp(u), and eps > 0 such that the gates sum to num_open, 0 < num_open < F.
 
     Differentiable, through eps too: what one gate gains the others lose. eps is found by bisection of its logarithm in fp64.
     """
     x = u.detach().double()
-    low, high = x.amin(-1, keepdim=True) - 40, x.amax(-1, keepdim=True) + 40
+    low, high = x.min() - 40, x.max() + 40
     for _ in range(64):
         middle = (low + high) / 2
-        over = torch.sigmoid(x - middle).sum(-1, keepdim=True) > num_open
+        over = torch.sigmoid(x - middle).sum() > num_open
         low, high = torch.where(over, middle, low), torch.where(over, high, middle)
     slope = torch.sigmoid(x - low) * torch.sigmoid(low - x)
-    share = slope / slope.sum(-1, keepdim=True).clamp(min=torch.finfo(torch.float64).tiny)
-    return torch.sigmoid(u - low.to(u) - (share.to(u) * (u - u.detach())).sum(-1, keepdim=True))
+    share = slope / slope.sum().clamp(min=torch.finfo(torch.float64).tiny)
+    return torch.sigmoid(u - low.to(u) - (share.to(u) * (u - u.detach())).sum())
 
 
 @contextmanager
-def gated(blocks: nn.ModuleList, gates: Callable[[], Float[Tensor, "b L"]]) -> Iterator[None]:
-    """Inside, block i hands on x + g_i (block_i(x) - x): itself at 1, deleted at 0. g = gates() has one row a sample, or one for all."""
+def gated(blocks: nn.ModuleList, gates: Callable[[], Float[Tensor, " L"]]) -> Iterator[None]:
+    """Inside, block i hands on x + g_i (block_i(x) - x) with g = gates(): itself at 1, deleted at 0."""
 
     def hook(i: int) -> Callable[..., Any]:
         def blend(block: nn.Module, inputs: tuple[Any, ...], output: Any) -> Any:
-            x, g = inputs[0], gates()[:, i, None, None]
+            x, g = inputs[0], gates()[i]
             if isinstance(output, tuple):
                 return (x + g * (output[0] - x), *output[1:])
             return x + g * (output - x)
@@ -257,17 +256,17 @@ def train_gates(
     blocks = chain(model, checkpointing=checkpointing)
     u = nn.Parameter(torch.zeros(len(free), device=run.device))
     at, num_open = torch.tensor(free, device=run.device), len(free) - num_removed
-    g_1L = torch.ones(1, len(blocks), device=run.device)
+    g_L = torch.ones(len(blocks), device=run.device)
+    text_loss = feed.loss(model)
 
     def loss(i: int, rng: torch.Generator) -> Tensor:
-        nonlocal g_1L
+        nonlocal g_L
         first, second = min(1.0, 2 * (i + 1) / steps), max(0.0, 2 * (i + 1) / steps - 1)  # shares of the two halves that are done
         g_F = gate(SHARP**second * u, len(free) - first * num_removed)
-        g_1L = torch.ones(1, len(blocks), device=run.device).index_copy(1, at, g_F[None])
-        ids, mask = feed.draw(rng)
-        return next_token_loss(model(ids, attention_mask=mask, use_cache=False).logits, ids, mask)
+        g_L = torch.ones(len(blocks), device=run.device).index_copy(0, at, g_F)
+        return text_loss(i, rng)
 
-    with gated(blocks, lambda: g_1L):
+    with gated(blocks, lambda: g_L):
         run.curves["gates: loss"] = run.train(loss, torch.optim.Adam([u], lr=lr, betas=BETAS), steps=steps)
     return torch.ones(len(blocks), device=run.device).index_copy(0, at, gate(SHARP * u.detach(), num_open)).tolist()
 
@@ -278,11 +277,10 @@ def loss_without(run: Run, feed: Feed, gone: list[int]) -> float:
     keep = [i for i in range(layers.num_blocks(run.model.config)) if i not in gone]
     model = run.model.with_layers(keep).build(device=run.device, dtype=torch.float32)
     ids, mask = feed.ids[:CHECKED].to(run.device), None if feed.mask is None else feed.mask[:CHECKED].to(run.device)
-    losses = [
-        next_token_loss(model(ids[i], attention_mask=real, use_cache=False).logits, ids[i], real).item()
-        for i in batches(len(ids), feed.size)
-        for real in [None if mask is None else mask[i]]
-    ]
+    losses = []
+    for rows in batches(len(ids), feed.size):
+        real = None if mask is None else mask[rows]
+        losses.append(next_token_loss(model(ids[rows], attention_mask=real, use_cache=False).logits, ids[rows], real).item())
     return sum(losses) / len(losses)
 
 
@@ -361,7 +359,7 @@ def cure(
     teacher = run.entered.build(device=run.device, dtype=torch.float32)
     student = run.model.build(device=run.device, dtype=torch.float32)
     factors = add_lora(run, student, r=r, lora_alpha=lora_alpha, shared=shared_lora)
-    norms = [p.requires_grad_() for p in _norms(student).values()]
+    norms = [p.requires_grad_() for p in block_vectors(student).values()]
     watched = (chain(teacher), chain(student, checkpointing=checkpointing))
 
     def loss(i: int, rng: torch.Generator) -> Tensor:
@@ -439,7 +437,7 @@ def _with_adapters(run: Run, student: nn.Module) -> Blueprint:
                 added[f"{name}.base{old.removeprefix(name)}"] = model.tensors[old]
             keep(f"{name}.lora_A", module.lora_A, f"{name}.weight")
             keep(f"{name}.lora_B", module.lora_B, f"{name}.weight")
-    for name, norm in _norms(student).items():
+    for name, norm in block_vectors(student).items():
         keep(name, norm, name)
     return model.edited(tensors=model.tensors.replaced(removed, added, memory), forms=forms)
 
@@ -447,7 +445,7 @@ def _with_adapters(run: Run, student: nn.Module) -> Blueprint:
 def _take_merged(block: Block, x: Tensor | None, y: Tensor | None, rng: torch.Generator, *, student: nn.Module) -> None:
     """The student's norms, and its factors merged into the linears."""
     merge(block, student)
-    for name, norm in _norms(student).items():
+    for name, norm in block_vectors(student).items():
         if name.startswith(block.name + "."):
             block.module.get_parameter(name.removeprefix(block.name + ".")).copy_(norm.detach())
 
@@ -455,21 +453,11 @@ def _take_merged(block: Block, x: Tensor | None, y: Tensor | None, rng: torch.Ge
 # the parts of a model, the options
 
 
-def _norms(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Vectors of the blocks that belong to no linear, by full name."""
-    path = layers.chain_path(model) + "."
-    found: dict[str, nn.Parameter] = {}
-    for name, module in model.named_modules():
-        if name.startswith(path) and not isinstance(module, LoraLinear) and not layers.is_linear(module):
-            found |= {f"{name}.{n}": p for n, p in module.named_parameters(recurse=False) if p.dim() == 1}
-    return found
-
-
 def _own_tensors(model: Blueprint) -> set[str]:
     """Names inside a block of the vectors that belong to no linear, and of buffers: each block keeps its own."""
     skeleton = model.skeleton()
     path = layers.chain_path(skeleton)
-    names = {name.removeprefix(path + ".").partition(".")[2] for name in _norms(skeleton)}
+    names = {name.removeprefix(path + ".").partition(".")[2] for name in block_vectors(skeleton)}
     return names | {name.removeprefix(path + ".").partition(".")[2] for name, _ in skeleton.named_buffers() if name.startswith(path + ".")}
 
 

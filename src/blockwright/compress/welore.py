@@ -26,7 +26,7 @@ from blockwright.blocks.low_rank import LowRankLinear
 from blockwright.blocks.parameters import Place
 from blockwright.blocks.run import Facts, Run, stage
 from blockwright.blocks.stream import Block
-from blockwright.blocks.tuning import Feed, chain, next_token_loss
+from blockwright.blocks.tuning import Feed, block_vectors, chain, kept_for_backward
 from blockwright.errors import BlockwrightError
 from blockwright.options import Count, Positive, Rate, Share, Targets
 
@@ -116,7 +116,7 @@ def welore(
     feed = Feed(run, batch_size, max_seq_length) if finetune else None
 
     def measure(block: Block, x: Tensor | None, y: Tensor | None, rng: torch.Generator) -> Facts:
-        return {name: torch.linalg.svdvals(_matrix(linear)) for name, linear in block.linears(targets, ignore).items()}
+        return {name: torch.linalg.svdvals(layers.matrix(linear).float()) for name, linear in block.linears(targets, ignore).items()}
 
     spectra = {name: s for facts in run.blocks(measure) for name, s in facts.items()}
     chosen = choose_ranks(
@@ -134,7 +134,7 @@ def welore(
         for name, linear in block.linears(targets, ignore).items():
             if name in chosen.ranks:
                 dtype = run.model.tensors.facts(f"{name}.weight").dtype  # a tensor of a new name is stored as it is
-                v, u = factors(_matrix(linear), chosen.ranks[name])
+                v, u = factors(layers.matrix(linear).float(), chosen.ranks[name])
                 block.swap(name, LowRankLinear.of(linear, v.to(dtype), u.to(dtype)))
 
     run.blocks(factor, write=True)
@@ -160,8 +160,7 @@ def plan(*, block_parameters: int, tokens: int, **options: Any) -> dict[str, Any
     _check_options(**{name: options[name] for name in ("keep_parameters", "err", "min_ratio", "allocator", "finetune")}, positive=positive)
     again = 1 if options["gradient_checkpointing"] else 0
     step = options["batch_size"] * options["max_seq_length"]
-    width = math.sqrt(block_parameters / 12)
-    saved = (1 if again else 34) * width * step / block_parameters  # floats that a block keeps for the backward pass: about 34 widths
+    saved = kept_for_backward(block_parameters, step, checkpointing=options["gradient_checkpointing"])
     return {
         "copies": 4,
         "passes": (3 + again) * options["finetune"] * step / max(tokens, 1),
@@ -341,29 +340,19 @@ def tune(run: Run, feed: Feed, *, steps: int, lr: float, norms: bool = True, che
     names = trainable(model, norms=norms)
     tuned = {name: p.requires_grad_() for name, p in model.named_parameters(remove_duplicate=False) if name in names}
 
-    def loss(i: int, rng: torch.Generator) -> Tensor:
-        ids, mask = feed.draw(rng)
-        return next_token_loss(model(ids, attention_mask=mask, use_cache=False).logits, ids, mask)
-
     optimizer = torch.optim.AdamW(list({id(p): p for p in tuned.values()}.values()), lr=lr, weight_decay=0.0)
 
     def before(i: int) -> None:
         optimizer.param_groups[0]["lr"] = lr * _schedule(i, steps)
 
-    run.curves["factors: loss"] = run.train(loss, optimizer, steps=steps, before=before)
+    run.curves["factors: loss"] = run.train(feed.loss(model), optimizer, steps=steps, before=before)
     return tuned
 
 
 def trainable(model: nn.Module, *, norms: bool = True) -> set[str]:
     """Full names of the factors of a model and, if asked, of the vectors of its blocks that belong to no linear."""
-    path = layers.chain_path(model) + "."
-    found: set[str] = set()
-    for name, module in model.named_modules():
-        if isinstance(module, LowRankLinear):
-            found |= {f"{name}.V.weight", f"{name}.U.weight"}
-        elif norms and name.startswith(path) and not layers.is_linear(module):
-            found |= {f"{name}.{n}" for n, p in module.named_parameters(recurse=False) if p.dim() == 1}
-    return found
+    pairs = [name for name, module in model.named_modules() if isinstance(module, LowRankLinear)]
+    return {f"{name}.{end}" for name in pairs for end in ("V.weight", "U.weight")} | (set(block_vectors(model)) if norms else set())
 
 
 def _schedule(i: int, steps: int) -> float:
@@ -375,12 +364,6 @@ def _schedule(i: int, steps: int) -> float:
 
 
 # the model, the options
-
-
-def _matrix(linear: nn.Module) -> Float[Tensor, "N K"]:
-    """The weight as outputs x inputs, fp32."""
-    weight: Any = linear.weight
-    return (weight if isinstance(linear, nn.Linear) else weight.T).detach().float()
 
 
 def _tell(run: Run, chosen: Reduction, matrices: int) -> None:
@@ -404,11 +387,8 @@ def _sizes(model: Blueprint, targets: Targets, ignore: Targets) -> dict[str, tup
         raise BlockwrightError(
             f"welore: {form[0]} is {form[1].replace('_', ' ')}", allowed="a dense model", do="Put welore before the stage that made it so"
         )
-    skeleton = model.skeleton()
-    path = layers.chain_path(skeleton) + "."
-    wanted = [*targets, "Conv1D"] if "Linear" in targets else targets
-    linears = {name: m for name, m in skeleton.named_modules() if name.startswith(path) and layers.is_linear(m)}
-    sizes = {name: layers.size(m) for name, m in linears.items() if layers.selected(name, m, wanted, ignore)}
+    linears = layers.block_linears(model.skeleton())
+    sizes = {name: layers.size(m) for name, m in layers.targeted(linears, targets, ignore).items()}
     if not sizes:
         raise BlockwrightError(
             f"welore: targets={targets} with ignore={ignore} name no linear",

@@ -36,7 +36,7 @@ def estimate(job: Job) -> dict[str, Any]:
     once = {place: n for n, place in dense.tensors.items()}.values()
     in_blocks = sum(numel[n] for n in once if n.startswith(path))
     around = sum(numel[n] for n in once) - in_blocks
-    linears = _linears(skeleton)
+    linears = layers.block_linears(skeleton)
     weights = sum(numel[f"{n}.weight"] for n in linears)
     block = in_blocks // layers.num_blocks(dense.config)
     hidden, width, rate = int(dense.config.hidden_size), 8.0 * job.dtype.itemsize, _flops_per_second()
@@ -76,7 +76,7 @@ def refuse_layout(job: Job) -> None:
     """Raise BlockwrightError where the options tell already that the layout asked for cannot hold the result."""
     recipe, forms = job.recipe, {}
     skeleton = job.dense.skeleton()
-    linears = _linears(skeleton)
+    linears = layers.block_linears(skeleton)
     for stage in recipe.stages:
         if registry.method(stage.name).card["leaves"] == "packed":
             for name, o in _options_by_linear(stage.options, linears).items():
@@ -129,23 +129,14 @@ def _what_fits(job: Job, limit: int) -> str:
     return f"Even one window of text takes {least / 1e9:.2f} GB: shorten it (length), or use a machine with more memory"
 
 
-def _linears(skeleton: nn.Module) -> dict[str, nn.Module]:
-    """The linears of the blocks."""
-    path = layers.chain_path(skeleton) + "."
-    return {n: m for n, m in skeleton.named_modules() if n.startswith(path) and layers.is_linear(m)}
-
-
 def _options_by_linear(options: dict[str, Any], linears: dict[str, nn.Module]) -> dict[str, dict[str, Any]]:
     """For each linear that a stage works on, its options with the overrides for this linear."""
-    targets = list(options.get("targets", ["Linear"]))
-    targets += ["Conv1D"] if "Linear" in targets else []
     found = {}
-    for name, linear in linears.items():
-        if layers.selected(name, linear, targets, options.get("ignore", [])):
-            found[name] = dict(options)
-            for pattern, values in (options.get("overrides") or {}).items():
-                if layers.selected(name, linear, [pattern], []):
-                    found[name] |= values
+    for name, linear in layers.targeted(linears, options.get("targets", ["Linear"]), options.get("ignore", [])).items():
+        found[name] = dict(options)
+        for pattern, values in (options.get("overrides") or {}).items():
+            if layers.selected(name, linear, [pattern], []):
+                found[name] |= values
     return found
 
 

@@ -208,6 +208,22 @@ print(before, during, meter.high_water())
     assert after >= during - MiB  # the kernel counts in batches
 
 
+def test_cold_copies_exceed_the_cache_and_share_nothing(monkeypatch):
+    monkeypatch.setattr(meter, "COLD_BYTES", 1000)
+    value = (torch.arange(75), 7)  # 600 bytes of integers
+    copies = meter.cold_copies(value, 300)
+    assert len(copies) == 4 and all(torch.equal(t, value[0]) and n == 7 for t, n in copies)
+    assert len({t.data_ptr() for t, _ in [value, *copies]}) == 5
+    assert len(meter.cold_copies(value, 5000)) == 2
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_a_graph_takes_its_calls_in_turn():
+    counts = torch.zeros(3, device="cuda")
+    seconds = meter.graph_microseconds([lambda i=i: counts[i].add_(1) for i in range(3)], number=2)
+    assert seconds > 0 and counts[0] == counts[1] == counts[2] + 1 == 10  # one call of the first two by themselves; 9 replays of each
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_peak_cuda_is_above_what_was_held():
     held = torch.zeros(8 * MiB, dtype=torch.uint8, device="cuda")

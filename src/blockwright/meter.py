@@ -3,6 +3,7 @@
 Importing this module does not import torch.
 """
 
+import copy
 import gc
 import itertools
 import math
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
 
 CHUNK = 128  # positions whose logits are compared at a time
+COLD_BYTES = 320 * 2**20  # more than any GPU's cache holds
 
 
 class Spread(NamedTuple):
@@ -55,6 +57,26 @@ def ratio(slow: Callable[[], Any], fast: Callable[[], Any], *, repeats: int = 7,
         slow()
         fast()
     return spread([_seconds(slow) / _seconds(fast) for _ in range(repeats)])
+
+
+def cold_copies(value: Any, nbytes: int) -> list[Any]:
+    """Enough copies of a tensor, or a tuple of tensors and numbers, of `nbytes` that together they exceed every cache: for use in turn."""
+    return [copy.deepcopy(value) for _ in range(max(2, -(-COLD_BYTES // nbytes)))]
+
+
+def graph_microseconds(calls: Sequence[Callable[[], Any]], *, number: int) -> float:
+    """Microseconds of one call on CUDA, without its launch: on average over a graph of `number` calls, and at least one of each in turn."""
+    import torch
+
+    for call in calls[:2]:
+        call()
+    torch.cuda.synchronize()
+    number = max(len(calls), number)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for i in range(number):
+            calls[i % len(calls)]()
+    return 1e6 * time(graph.replay, repeats=7, warmup=2).median / number
 
 
 def _seconds(fn: Callable[[], Any]) -> float:

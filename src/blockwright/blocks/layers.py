@@ -23,6 +23,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming, rename_source_key
 from transformers.pytorch_utils import Conv1D
 
+from blockwright.blocks.block_sparse import BlockSparseLinear
 from blockwright.blocks.lora import LoraLinear
 from blockwright.blocks.low_rank import LowRankLinear
 from blockwright.blocks.packed import PackedEmbedding, PackedLinear
@@ -38,6 +39,7 @@ FORMS: dict[str, Any] = {
     "packed_embedding": PackedEmbedding,
     "lora": LoraLinear,
     "low_rank": LowRankLinear,
+    "block_sparse": BlockSparseLinear,
 }
 
 
@@ -370,6 +372,9 @@ def fill(
                 holder._parameters[last] = filled[place]
             else:
                 holder._buffers[last] = filled[place].data
+    for name, part in module.named_modules():
+        if isinstance(part, BlockSparseLinear):
+            part.check((prefix + name).rstrip("."))
 
 
 def _ready(name: str, value: Tensor, device: str | torch.device, dtype: torch.dtype | None) -> Tensor:

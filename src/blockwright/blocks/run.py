@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar, cast
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -36,7 +36,8 @@ def silent(what: str, done: int, total: int) -> None:
 class Run:
     """A model on its way through stages.
 
-    model : the blueprint as it stands now. calibration : token ids [n, T], or None for stages that need no data. mask : see Stream.
+    model : the blueprint as it stands now. calibration : token ids [n, T], or None for stages that need no data; images [n, C, H, W] for
+    stages that run a whole vision model. mask : see Stream.
     journal : folder for finished units, or None to keep them in memory. seed : of every random number, through `generator`.
     """
 
@@ -44,7 +45,7 @@ class Run:
         self,
         model: Blueprint,
         *,
-        calibration: Int[Tensor, "n T"] | None = None,
+        calibration: Int[Tensor, "n T"] | Float[Tensor, "n C H W"] | None = None,
         mask: Int[Tensor, "n T"] | None = None,
         journal: Path | None = None,
         seed: int = 0,

@@ -3,7 +3,6 @@
 On a CPU the second half is measured, on SmolLM2; on a GPU the first, by the kernels against 16-bit products and torch's own int4 product.
 """
 
-import copy
 import statistics
 from collections.abc import Callable
 from functools import partial
@@ -143,7 +142,6 @@ def _restored(w: Tensor, *, bits: int, group_size: Any) -> tuple[Tensor, int]:
 SHAPES = [(4096, 14336), (14336, 4096), (8192, 28672), (8192, 8192)]  # inputs, outputs
 DECODING = [(4096, 6144), (4096, 4096), (4096, 28672)]  # with 14336 x 4096, the matrices of a layer
 ROWS = (1, 4, 16, 64, 256, 2048)
-COLD_BYTES = 320 * 2**20  # of weights that products go through in turn
 
 
 def _speed(seed: int) -> Claim:
@@ -199,7 +197,7 @@ def _speed(seed: int) -> Claim:
             target=1.0,
         ),
         notes=[
-            f"{torch.cuda.get_device_name()}, bf16; weights taken in turn from {COLD_BYTES >> 20} MB and more, none of it in the cache",
+            f"{torch.cuda.get_device_name()}, bf16; weights taken in turn from {meter.COLD_BYTES >> 20} MB and more: none is in the cache",
             "each product was first compared with fp64; the cut of a product is the fastest of a few, the same for all its runs",
             "decoding: 24 layers (4096, 32 heads, 8 of keys and values, 14336), random weights, 256 tokens of context, one CUDA graph",
         ],
@@ -211,15 +209,16 @@ def _products(kernels: Any, k: int, n: int, bits: int, all_rows: tuple[int, ...]
     w = torch.randn(n, k, device="cuda") / k**0.5
     codes, scale = fq.quantize(w, bits=bits, group_size=64)
     restored = tiles.from_codes(codes, scale, group_size=64)
-    ours = _copies(kernels.prepare(codes, scale, bits=bits, group_size=64), n * k * bits // 8)
-    dense = _copies(w.bfloat16(), 2 * n * k)
-    peer = _copies(_torch_int4(codes, scale), n * k // 2) if bits == 4 else []
+    ours = meter.cold_copies(kernels.prepare(codes, scale, bits=bits, group_size=64), n * k * bits // 8)
+    dense = meter.cold_copies(w.bfloat16(), 2 * n * k)
+    peer = meter.cold_copies(_torch_int4(codes, scale), n * k // 2) if bits == 4 else []
     del w, codes
     rows = []
     for m in all_rows:
         x = torch.randn(m, k, device="cuda", dtype=torch.bfloat16)
         want = x.double() @ restored.double().T
         times = {}
+        microseconds = partial(meter.graph_microseconds, number=120 if m <= 64 else 24)
         for cut in _cuts(kernels, m):
             try:
                 got = kernels.multiply(x, ours[0], None, cut)
@@ -228,14 +227,14 @@ def _products(kernels: Any, k: int, n: int, bits: int, all_rows: tuple[int, ...]
                 continue
             wrong = float((got.double() - want).abs().max() / want.abs().max())
             assert wrong <= 1e-2 and torch.equal(got, kernels.multiply(x, ours[0], None, cut)), f"{cut}: off by {wrong}"
-            times[cut] = _microseconds([partial(kernels.multiply, x, weight, None, cut) for weight in ours], m)
+            times[cut] = microseconds([partial(kernels.multiply, x, weight, None, cut) for weight in ours])
         best = min(times, key=lambda c: times[c])
         kernels.TUNED[next((r for r in kernels.ROWS if m <= r), m), n, k, bits] = best
-        bf16 = _microseconds([partial(F.linear, x, weight) for weight in dense], m)
+        bf16 = microseconds([partial(F.linear, x, weight) for weight in dense])
         off = float((kernels.multiply(x, ours[0], None, best).double() - want).norm() / want.norm())
         row = {"bits": bits, "inputs": k, "outputs": n, "rows": m, "us": times[best], "bf16_us": bf16, "speedup": bf16 / times[best]}
         if peer:
-            torch_us = _microseconds([partial(torch._weight_int4pack_mm, x, words, 64, scales) for words, scales in peer], m)
+            torch_us = microseconds([partial(torch._weight_int4pack_mm, x, words, 64, scales) for words, scales in peer])
             row |= {"torch_int4_us": torch_us, "over_torch_int4": torch_us / times[best]}
         rows.append(row | {"error": off, "cut": str(best)})
         print(rows[-1], {str(c): round(times[c], 1) for c in sorted(times, key=lambda c: times[c])[1:4]}, flush=True)
@@ -259,29 +258,11 @@ def _cuts(kernels: Any, m: int) -> list[Any]:
     return [*fused, *(size << 20 for size in (12, 24, 48, 1024))]
 
 
-def _copies(tensors: Any, size: int) -> list[Any]:
-    """Enough copies of a tensor, or a tuple of tensors and numbers, that together they exceed every cache."""
-    return [copy.deepcopy(tensors) for _ in range(max(2, -(-COLD_BYTES // size)))]
-
-
 def _torch_int4(codes: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
     """The same weights as torch._weight_int4pack_mm takes them: w = (code + 8 - 8) * scale + 0."""
     unsigned = (codes + 8).to(torch.uint8)
     words = torch._convert_weight_to_int4pack(unsigned[:, ::2] << 4 | unsigned[:, 1::2], 8)
     return words, torch.stack([scale, torch.zeros_like(scale)], -1).transpose(0, 1).contiguous()
-
-
-def _microseconds(calls: list[Callable[[], Any]], m: int) -> float:
-    """Of one call with m rows, on average over a graph of many."""
-    for call in calls[:2]:
-        call()
-    torch.cuda.synchronize()
-    number = max(len(calls), 120 if m <= 64 else 24)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for i in range(number):
-            calls[i % len(calls)]()
-    return 1e6 * meter.time(graph.replay, repeats=7, warmup=2).median / number
 
 
 class _Layer(nn.Module):

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from blockwright.blocks.budget import allocate, choose
+from blockwright.blocks.budget import allocate, choose, choose_within
 from blockwright.errors import BlockwrightError
 
 quick = settings(deadline=None, max_examples=60)
@@ -309,3 +309,60 @@ def test_a_thousand_items_at_once():
     start = time.perf_counter()
     assert sum(allocate(weights, 768_000, lower=128, upper=1536, granularity=128)) == 768_000
     assert time.perf_counter() - start < 5
+
+
+# several budgets
+
+
+def within(costs, limits, unlike=None, alike=1.0):
+    """The least cost of all choices that keep every budget and differ enough from an earlier one, or None."""
+    most = math.floor(alike * len(costs))
+    fitting = [
+        p
+        for p in itertools.product(*(range(len(c)) for c in costs))
+        if all(sum(s[i] for s, i in zip(sizes, p, strict=True)) <= limit for sizes, limit in limits)
+        and (unlike is None or sum(a == b for a, b in zip(p, unlike, strict=True)) <= most)
+    ]
+    return min((sum(c[i] for c, i in zip(costs, p, strict=True)) for p in fitting), default=None)
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_no_choice_within_two_budgets_is_cheaper_and_none_is_told(seed):  # ten instances each
+    rng = np.random.default_rng(seed)
+    for _ in range(10):
+        shape = rng.integers(1, 6, rng.integers(1, 7))
+        costs = [rng.integers(-20, 20, n).astype(float).tolist() for n in shape]
+        sizes = [[rng.integers(0, 30, n).tolist() for n in shape] for _ in range(2)]
+        limits = [(s, int(rng.integers(sum(map(min, s)), sum(map(max, s)) + 1))) for s in sizes]
+        want = within(costs, limits)
+        if want is None:
+            with pytest.raises(BlockwrightError, match="no choice keeps them all. Allowed: with the others as they are, at least"):
+                choose_within(costs, limits)
+            continue
+        first = choose_within(costs, limits)
+        assert sum(c[i] for c, i in zip(costs, first, strict=True)) == want
+        assert all(sum(s[i] for s, i in zip(size, first, strict=True)) <= limit for size, limit in limits)
+        other = within(costs, limits, first, 0.8)
+        if other is None:
+            with pytest.raises(BlockwrightError, match="unlike the earlier ones"):
+                choose_within(costs, limits, unlike=[first], alike=0.8)
+            continue
+        second = choose_within(costs, limits, unlike=[first], alike=0.8)
+        assert sum(c[i] for c, i in zip(costs, second, strict=True)) == other
+        assert sum(a == b for a, b in zip(first, second, strict=True)) <= 0.8 * len(costs)
+
+
+@pytest.mark.parametrize("power", [0, 7, 11, 14])
+def test_two_budgets_of_any_magnitude_where_one_unit_decides(power):
+    unit = 10**power
+    sizes = [[unit + 1, unit], [unit + 1, unit]]
+    assert choose_within([[0.0, 1.0], [0.0, 2.0]], [(sizes, 2 * unit + 1), (sizes, 2 * unit + 2)]) == (1, 0)
+    assert choose_within([[0.0, 1.0], [0.0, 2.0]], [(sizes, 2 * unit)]) == (1, 1)
+
+
+def test_what_two_budgets_would_need_is_told():
+    with pytest.raises(BlockwrightError, match=r"budgets=\[7, 3\]: no choice keeps them all.*at least 8, 4"):
+        choose_within([[0.0, 1.0], [0.0, 1.0]], [([[5, 3], [5, 3]], 7), ([[1, 2], [1, 2]], 3)])
+    with pytest.raises(BlockwrightError, match=r"alike=1\.5"):
+        choose_within([[0.0]], [], alike=1.5)
+    assert choose_within([], []) == () and choose_within([[2.0, 1.0]], []) == (1,)

@@ -59,6 +59,85 @@ def choose(costs: Sequence[Sequence[float]], sizes: Sequence[Sequence[int]], bud
     return Choice(tuple(picks), cost, size, missing)
 
 
+def choose_within(
+    costs: Sequence[Sequence[float]],
+    limits: Sequence[tuple[Sequence[Sequence[int]], int]],
+    *,
+    unlike: Sequence[Sequence[int]] = (),
+    alike: float = 1.0,
+) -> tuple[int, ...]:
+    """Pick one option for each block so that the total cost is least and each of several budgets is kept.
+
+    costs : for each block the cost of each of its options: finite, of any sign and unit.
+    limits : pairs of sizes, as `choose` takes them, and the budget of their total; checked in integers.
+    unlike : earlier picks; the new ones agree with each of them in at most floor(alike * blocks) blocks.
+    Returns the index of the option of each block; the costs are least to about a millionth of the largest.
+    Raises BlockwrightError where the lists do not match, a value is not allowed, or no choice is within all limits: with the least total
+    that each budget would have to allow while the others hold.
+    """
+    checked = [_checked(costs, sizes, budget) for sizes, budget in limits]
+    if not 0 <= alike <= 1:
+        raise BlockwrightError(f"choose_within: alike={alike}", allowed="0 to 1")
+    if not costs:
+        return ()
+    where = [(b, i) for b, block in enumerate(costs) for i in range(len(block))]
+    at = {place: k for k, place in enumerate(where)}
+    agree = [(tuple(at[b, i] for b, i in enumerate(picks)), math.floor(alike * len(costs))) for picks in unlike]
+    picks = _pick(where, costs, checked, agree)
+    if picks is not None:
+        return picks
+    needed = []
+    for k, (sizes, _) in enumerate(checked):
+        best = _pick(where, sizes, checked[:k] + checked[k + 1 :], agree)
+        needed.append("none" if best is None else str(sum(sizes[b][i] for b, i in enumerate(best))))
+    raise BlockwrightError(
+        f"budgets={[limit for _, limit in checked]}: no choice keeps them all" + (" and is unlike the earlier ones" if agree else ""),
+        allowed=f"with the others as they are, at least {', '.join(needed)}",
+        do="Raise a budget or give the blocks smaller options",
+    )
+
+
+def _pick(
+    where: list[tuple[int, int]],
+    costs: Sequence[Sequence[float]] | Sequence[Sequence[int]],
+    limits: Sequence[tuple[list[list[int]], int]],
+    agree: list[tuple[tuple[int, ...], int]],
+) -> tuple[int, ...] | None:
+    """The picks of least cost within the limits, None where there are none. agree : variables of which at most so many may be 1.
+
+    HiGHS keeps a limit to its tolerance only: a choice that is over one in integers is cut off, and the rest is solved again.
+    """
+    from scipy.optimize import Bounds, LinearConstraint, milp
+    from scipy.sparse import csr_array
+
+    n, agree = len(where), list(agree)
+    one_each = csr_array((np.ones(n), ([b for b, _ in where], np.arange(n))), shape=(len(costs), n))
+    cost = np.array([costs[b][i] for b, i in where], dtype=float)
+    rows, most = [], []
+    for sizes, limit in limits:
+        row = [sizes[b][i] for b, i in where]
+        scale = _scale(float(max(row)), 10) if max(row) else 1.0
+        rows.append([size * scale for size in row])
+        most.append(min(limit, sum(row)) * scale)
+    while True:
+        cuts = [[float(k in set(together)) for k in range(n)] for together, _ in agree]
+        at_most = LinearConstraint(np.array([*rows, *cuts]).reshape(-1, n), -np.inf, [*most, *(count for _, count in agree)])
+        solution = milp(
+            cost * _scale(float(np.abs(cost).max()) or 1.0, 20),
+            integrality=np.ones(n),
+            bounds=Bounds(0, 1),
+            constraints=[LinearConstraint(one_each, 1, 1), *([at_most] if rows or cuts else [])],
+            options={"mip_rel_gap": 0.0},
+        )
+        if solution.x is None:
+            return None
+        chosen = [k for k, value in enumerate(solution.x) if value > 0.5]
+        picks = tuple(where[k][1] for k in chosen)
+        if all(sum(sizes[b][i] for b, i in enumerate(picks)) <= limit for sizes, limit in limits):
+            return picks
+        agree.append((tuple(chosen), len(costs) - 1))
+
+
 def allocate(
     weights: Sequence[float], total: int, *, lower: int | Sequence[int] = 0, upper: int | Sequence[int], granularity: int = 1
 ) -> list[int]:

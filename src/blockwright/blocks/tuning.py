@@ -65,6 +65,12 @@ def next_token_loss(logits: Float[Tensor, "b T V"], ids: Int[Tensor, "b T"], mas
     return mean_of_real(nll, None if mask is None else mask[:, 1:] * mask[:, :-1])
 
 
+def kl_of_tokens(parent: Float[Tensor, "*b V"], child: Float[Tensor, "*b V"]) -> Float[Tensor, "*b"]:
+    """KL(parent || child) of each token's next one, in nats, computed in fp32 from logits."""
+    log_p, log_q = parent.float().log_softmax(-1), child.float().log_softmax(-1)
+    return (log_p.exp() * (log_p - log_q)).sum(-1)
+
+
 def mean_of_real(value: Float[Tensor, "b T"], mask: Int[Tensor, "b T"] | None) -> Float[Tensor, ""]:
     """The mean over real tokens; 0 where there are none."""
     return value.mean() if mask is None else (value * mask).sum() / mask.sum().clamp(min=1)

@@ -27,11 +27,14 @@ def texts(
     return ours[:-held_out], calibration, tuning, theirs[: 2 * held_out].view(-1, length)
 
 
-def trained(ids: Int[Tensor, " n"], *, layers: int, steps: int, seed: int, batch: int = 16, length: int = 128) -> nn.Module:
+def trained(
+    ids: Int[Tensor, " n"], *, layers: int, steps: int, seed: int, batch: int = 16, length: int = 128, heads: int = 4, kv_heads: int = 4
+) -> nn.Module:
     """A Llama of width 128 that has learned to predict the next byte, in eval mode, without gradients."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        sizes = {"hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": layers, "num_attention_heads": 4}
+        sizes = {"hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": layers}
+        sizes |= {"num_attention_heads": heads, "num_key_value_heads": kv_heads}
         model = LlamaForCausalLM(LlamaConfig(vocab_size=128, max_position_embeddings=length, **sizes))
     rng = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.1, betas=(0.9, 0.95), fused=True)

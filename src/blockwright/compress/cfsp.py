@@ -8,14 +8,14 @@ Wanda's, arXiv 2306.11695. Re-measure its claim: `blockwright reproduce cfsp`.
 import math
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
-from blockwright.blocks import budget, layers
+from blockwright.blocks import budget, feed_forward, layers
+from blockwright.blocks.feed_forward import Ffn, halves, narrower
 from blockwright.blocks.layers import Blueprint
 from blockwright.blocks.run import Facts, Run, stage
 from blockwright.blocks.stream import Block, batches
@@ -47,16 +47,6 @@ STEPS = 8  # at least so many multiples of the granularity in the narrowest feed
 SLOPE = 128 * 1024 / 1e4  # of the sigmoid, per mean importance of a token: the official code has 1e-4 per sum over 128 samples of 1024
 SAFE = 1.05  # by how much too large deviations are shrunk further, so that no block keeps all
 LORA_SCALE = 2  # lora_alpha / r
-
-PATTERNS = (  # linears into the intermediate channels and the one out of them, as transformers names them
-    (("gate_proj", "up_proj"), "down_proj"),
-    (("gate_up_proj",), "down_proj"),
-    (("up_proj",), "down_proj"),
-    (("dense_h_to_4h",), "dense_4h_to_h"),
-    (("c_fc",), "c_proj"),
-    (("fc1",), "fc2"),
-    (("fc_in",), "fc_out"),
-)
 
 
 @stage
@@ -159,18 +149,6 @@ def plan(*, block_parameters: int, tokens: int, **options: Any) -> dict[str, Any
 # where the channels are
 
 
-class Ffn(NamedTuple):
-    """The feed-forward layer of a block: names below the block of its linears into the channels and out of them, and its channels.
-
-    shared : an earlier block holds its tensors too.
-    """
-
-    into: tuple[str, ...]
-    out: str
-    size: int
-    shared: bool = False
-
-
 def find_ffns(model: Blueprint) -> list[Ffn]:
     """The feed-forward layer of each block. Raises BlockwrightError naming the block and what is in the way of cutting it."""
     skeleton = model.skeleton()
@@ -181,52 +159,14 @@ def find_ffns(model: Blueprint) -> list[Ffn]:
         places = {name: model.tensors[f"{path}.{i}.{name}.weight"] for name in (*ffn.into, ffn.out)}
         held = [name for name, place in places.items() if place in seen]
         if held and len(held) < len(places):
-            raise _refusal(f"block {path}.{i} shares {held[0]} with an earlier block, and not the rest of its feed-forward layer")
+            what = f"block {path}.{i} shares {held[0]} with an earlier block, and not the rest of its feed-forward layer"
+            raise feed_forward.refusal("cfsp", what)
         seen |= set(places.values())
         found.append(ffn._replace(shared=bool(held)))
     return found
 
 
-def find_ffn(block: nn.Module, name: str) -> Ffn:
-    """The one feed-forward layer of a block, found by the names of its linears (PATTERNS). name : of the block, for errors."""
-    modules = dict(block.named_modules())
-    experts = next((n for n in modules if n.rpartition(".")[2] == "experts"), None)
-    if experts:
-        raise _refusal(f"block {name} has {experts}")
-    found = [(n, m, pattern) for n, m in modules.items() if (pattern := _pattern(m))]
-    if len(found) != 1:
-        linears = ", ".join(n for n, m in modules.items() if layers.is_linear(m))
-        raise _refusal(f"block {name} has {len(found) or 'no'} feed-forward layers of a known form; its linears are {linears}")
-    [(owner, module, (into, out))] = found
-    prefix = f"{owner}." if owner else ""
-    for child in (*into, out):
-        kind = type(module.get_submodule(child))
-        if kind not in (nn.Linear, Conv1D):
-            raise _refusal(f"{name}.{prefix}{child} is a {kind.__name__}")
-    norm = next((n for n, _ in module.named_children() if "norm" in n), None) if owner else None
-    if norm:  # of all channels: what is left of them would be scaled otherwise
-        raise _refusal(f"{name}.{prefix}{norm} stands between the linears")
-    size = layers.size(module.get_submodule(out))[1]
-    for child in into:
-        rows, wanted = layers.size(module.get_submodule(child))[0], size * _halves(child)
-        if rows != wanted:
-            raise _refusal(f"{name}.{prefix}{child} has {rows} outputs, not {wanted}")
-    return Ffn(tuple(prefix + child for child in into), prefix + out, size)
-
-
-def _pattern(module: nn.Module) -> tuple[tuple[str, ...], str] | None:
-    children = {n for n, _ in module.named_children()}
-    return next(((into, out) for into, out in PATTERNS if {*into, out} <= children), None)
-
-
-def _halves(name: str) -> int:
-    """How many outputs of a linear belong to a channel: two where gate and up are one matrix, the gates first."""
-    return 2 if name.endswith("gate_up_proj") else 1
-
-
-def _refusal(what: str) -> BlockwrightError:
-    known = "; ".join(f"{', '.join(into)}, {out}" for into, out in PATTERNS)
-    return BlockwrightError(f"cfsp: {what}", allowed=f"one feed-forward layer of dense linears a block: {known}", do="Use another method")
+find_ffn = partial(feed_forward.find_ffn, by="cfsp")
 
 
 # coarse: blocks
@@ -385,28 +325,13 @@ def _cut(
     if count == ffn.size:
         return
     linears = {name: block.module.get_submodule(name) for name in (*ffn.into, ffn.out)}
-    into = [half for name in ffn.into for half in layers.matrix(linears[name]).chunk(_halves(name))]
+    into = [half for name in ffn.into for half in layers.matrix(linears[name]).chunk(halves(name))]
     out = layers.matrix(linears[ffn.out])
     keep = highest(score(out, into, facts[block.index]["norm"].to(out.device)), count)
     for name in ffn.into:
-        rows = torch.cat([keep + half * ffn.size for half in range(_halves(name))])
+        rows = torch.cat([keep + half * ffn.size for half in range(halves(name))])
         block.swap(f"{block.name}.{name}", narrower(linears[name], rows=rows))
     block.swap(f"{block.name}.{ffn.out}", narrower(linears[ffn.out], columns=keep))
-
-
-def narrower(linear: nn.Module, *, rows: Int[Tensor, " n"] | None = None, columns: Int[Tensor, " k"] | None = None) -> nn.Module:
-    """An nn.Linear or Conv1D with only these outputs or inputs of another."""
-    weight, bias = layers.matrix(linear), linear.bias
-    if rows is not None:
-        weight, bias = weight[rows], None if bias is None else bias[rows]  # type: ignore[index]
-    if columns is not None:
-        weight = weight[:, columns]
-    n, k = weight.shape
-    new = layers.resized(linear, n, k)
-    new.weight = nn.Parameter((weight.T if isinstance(linear, Conv1D) else weight).contiguous(), requires_grad=False)
-    if bias is not None:
-        new.bias = nn.Parameter(bias.detach().clone(), requires_grad=False)  # type: ignore[operator,union-attr]
-    return new
 
 
 # recovery

@@ -16,7 +16,7 @@ from typing import Any, Literal
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from torch.nn.functional import cosine_similarity, kl_div, log_softmax, rms_norm
+from torch.nn.functional import cosine_similarity, rms_norm
 
 from blockwright.blocks import layers
 from blockwright.blocks.layers import Blueprint
@@ -24,7 +24,17 @@ from blockwright.blocks.lora import LoraLinear
 from blockwright.blocks.parameters import Place
 from blockwright.blocks.run import Facts, Run, stage
 from blockwright.blocks.stream import Block, batches
-from blockwright.blocks.tuning import Feed, add_lora, block_vectors, chain, kept_for_backward, mean_of_real, merge, next_token_loss
+from blockwright.blocks.tuning import (
+    Feed,
+    add_lora,
+    block_vectors,
+    chain,
+    kept_for_backward,
+    kl_of_tokens,
+    mean_of_real,
+    merge,
+    next_token_loss,
+)
 from blockwright.errors import BlockwrightError
 from blockwright.options import Count, Positive, Rate, Share
 
@@ -395,9 +405,7 @@ def distillation(
             allowed="one vocabulary for both",
             do="Distil from a model with the same tokenizer",
         )
-    q = log_softmax(target.float() / temperature, -1)
-    p = log_softmax(logits.float() / temperature, -1)
-    return temperature**2 * mean_of_real(kl_div(p, q, reduction="none", log_target=True).sum(-1), mask)
+    return temperature**2 * mean_of_real(kl_of_tokens(target.float() / temperature, logits.float() / temperature), mask)
 
 
 @contextmanager

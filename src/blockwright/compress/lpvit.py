@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, kl_div, log_softmax, pad
+from torch.nn.functional import cross_entropy, pad
 from transformers.pytorch_utils import Conv1D
 
 from blockwright.blocks import layers
@@ -32,7 +32,7 @@ from blockwright.blocks.layers import Blueprint
 from blockwright.blocks.parameters import Place
 from blockwright.blocks.run import Run, stage
 from blockwright.blocks.stream import Block, batches
-from blockwright.blocks.tuning import mean_of_real, next_token_loss
+from blockwright.blocks.tuning import kl_of_tokens, mean_of_real, next_token_loss
 from blockwright.errors import BlockwrightError
 from blockwright.options import Count, Positive, Rate, Share, Targets
 
@@ -468,7 +468,7 @@ def hold_masked(layer: Layer) -> Any:
 
 def distillation(logits: Tensor, wanted: Tensor, real: Int[Tensor, "b T"] | None) -> Float[Tensor, ""]:
     """KL(wanted || logits), in nats, averaged over samples and real tokens."""
-    kl = kl_div(log_softmax(logits, -1), log_softmax(wanted, -1), reduction="none", log_target=True).sum(-1)
+    kl = kl_of_tokens(wanted, logits)
     return kl.mean() if kl.dim() < 2 else mean_of_real(kl, real)
 
 

@@ -18,6 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 from scipy.sparse.csgraph import connected_components
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from blockwright import meter, zoo
 from blockwright.errors import BlockwrightError
@@ -190,6 +191,17 @@ def test_an_absent_package_is_answered_with_the_command_that_brings_it(tmp_path,
 
 def half_of(topic: str) -> str:
     return "calibration" if topics[topic] in zoo.text("pydoc", "calibration") else "evaluation"
+
+
+def test_the_first_blocks_are_a_copy_and_the_rest_is_not():
+    config = LlamaConfig(vocab_size=9, hidden_size=8, intermediate_size=8, num_hidden_layers=3, num_attention_heads=1)
+    model = LlamaForCausalLM(config)
+    first, rest = zoo.first_blocks(model, 2)
+    assert len(first.model.layers) == first.config.num_hidden_layers == 2 and len(model.model.layers) == 3
+    assert rest == [model.model.layers[2]] and first.model.layers[0] is not model.model.layers[0]
+    first.model.layers.extend(rest)
+    first.config.num_hidden_layers = 3
+    assert torch.equal(first(torch.arange(5)[None]).logits, model(torch.arange(5)[None]).logits)
 
 
 def test_the_halves_of_pydoc_are_clusters_taken_in_turn():

@@ -4,6 +4,7 @@ The cache is `BLOCKWRIGHT_CACHE`, or the platform's user cache folder; it is nam
 neither torch nor transformers.
 """
 
+import copy
 import fcntl
 import hashlib
 import importlib.util
@@ -61,6 +62,14 @@ def smollm2(*, off_grid: bool = False) -> Any:
     from transformers import AutoModelForCausalLM
 
     return AutoModelForCausalLM.from_pretrained(_smollm2_name(off_grid), dtype=torch.float32).eval()
+
+
+def first_blocks(model: Any, depth: int) -> tuple[Any, list[Any]]:
+    """A copy of a Llama-like model with its first blocks alone, and the rest of its blocks as they are."""
+    first = copy.deepcopy(model)
+    first.model.layers = first.model.layers[:depth]
+    first.config.num_hidden_layers = depth
+    return first, list(model.model.layers[depth:])
 
 
 def tokenizer(name: str = "smollm2") -> Any:
@@ -172,8 +181,6 @@ def _sha256(path: Path) -> str:
 
 
 def _write_smollm2(folder: Path) -> None:
-    import copy
-
     import torch
     import transformers
 

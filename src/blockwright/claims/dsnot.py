@@ -3,13 +3,12 @@
 On a GPU the swap loop alone is timed.
 """
 
-import copy
 from collections.abc import Callable
 from typing import Any
 from unittest import mock
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from blockwright import meter, zoo
 from blockwright.blocks import tiles
@@ -37,7 +36,7 @@ def _perplexities(seed: int) -> Claim:
 
     def pruned(swaps: Callable[..., Any] = refine, *, depth: int = DEPTH, **options: Any) -> Any:
         """The model pruned by these options, where `swaps` stands for `refine`."""
-        first, rest = _cut(model, depth)
+        first, rest = zoo.first_blocks(model, depth)
         made: list[Any] = []
         inside: list[float] = []
         prune: Any = method.dsnot
@@ -116,15 +115,6 @@ def _perplexities(seed: int) -> Claim:
             "A row ends at a swap that would not lower its expected squared error; the official code makes any swap, and none in MLPs",
         ],
     )
-
-
-def _cut(model: Any, depth: int) -> tuple[Any, list[nn.Module]]:
-    """A copy of the model with its first blocks, and the rest of its blocks."""
-    first = copy.deepcopy(model)
-    rest = list(first.model.layers[depth:])
-    first.model.layers = first.model.layers[:depth]
-    first.config.num_hidden_layers = depth
-    return first, rest
 
 
 def _random_swaps(rng: torch.Generator, w: Tensor, keep: Tensor, *arguments: Any, **named: Any) -> tuple[Tensor, Tensor]:

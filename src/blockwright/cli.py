@@ -129,7 +129,7 @@ def export(
         str,
         typer.Option(
             help="gguf: for llama.cpp and Ollama. standard: for plain transformers. unrolled: the same, shared blocks as copies, adapters "
-            "merged. dense: plain weights. blockwright: our own layout."
+            "merged. w8a8: int8 weights and activations of dgq, for vLLM. dense: plain weights. blockwright: our own layout."
         ),
     ],
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what the output folder holds.")] = False,

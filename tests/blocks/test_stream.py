@@ -208,6 +208,14 @@ def test_what_cannot_be_streamed_is_refused():
         block(torch.zeros(1, T, 24))
 
 
+def test_arguments_with_several_rows_a_sample_are_refused_by_name():
+    config = t.BloomConfig(hidden_size=32, n_layer=2, n_head=4, vocab_size=64)
+    model = Blueprint.of_module(t.AutoModelForCausalLM.from_config(config))
+    with pytest.raises(BlockwrightError, match="bloom: its blocks take alibi with 4 rows for each sample"):
+        Stream(model, torch.zeros(2, 8, dtype=torch.int64))
+    assert Stream(model, torch.zeros(1, 8, dtype=torch.int64)).num_blocks == 2
+
+
 def test_values_that_are_not_finite_are_named():
     model = tiny.model("llama")
     model.model.layers[1].mlp.down_proj.weight.data.mul_(1e38)

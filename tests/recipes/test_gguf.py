@@ -689,7 +689,7 @@ def test_the_command_says_what_it_wrote_and_lost(blockwright, ours, tmp_path):
     code, out, _ = blockwright("export", str(ours), str(tmp_path / "out"), "--to", "dense", "--overwrite")
     assert code == 0 and "layout standard" in out and not (tmp_path / "out" / "model.gguf").exists()
     code, _, err = blockwright("export", str(ours), str(tmp_path / "other"), "--to", "onnx")
-    assert code == 2 and "Allowed: gguf, standard, unrolled, dense, blockwright" in err and not (tmp_path / "other").exists()
+    assert code == 2 and "Allowed: gguf, standard, unrolled, w8a8, dense, blockwright" in err and not (tmp_path / "other").exists()
 
 
 def test_the_command_says_what_is_lost_and_warns(blockwright, tmp_path):

@@ -24,10 +24,13 @@ from transformers.core_model_loading import WeightRenaming, rename_source_key
 from transformers.pytorch_utils import Conv1D
 
 from blockwright.blocks.block_sparse import BlockSparseLinear
+from blockwright.blocks.dual_grained import DualGrainedLinear
 from blockwright.blocks.lora import LoraLinear
 from blockwright.blocks.low_rank import LowRankLinear
+from blockwright.blocks.offset_packed import OffsetLinear
 from blockwright.blocks.packed import PackedEmbedding, PackedLinear
 from blockwright.blocks.parameters import Place, Tensors
+from blockwright.blocks.variants import LinearAttention, LinearFfn, NoAttention, NoFfn, Skip
 from blockwright.errors import BlockwrightError
 
 Form = dict[str, Any]  # JSON: {"form": "packed", "bits": 4, ...}: how to rebuild a module without its weights
@@ -39,8 +42,18 @@ FORMS: dict[str, Any] = {
     "packed_embedding": PackedEmbedding,
     "lora": LoraLinear,
     "low_rank": LowRankLinear,
+    "dual_grained": DualGrainedLinear,
+    "offset_packed": OffsetLinear,
     "block_sparse": BlockSparseLinear,
+    "no_attention": NoAttention,
+    "linear_attention": LinearAttention,
+    "no_ffn": NoFfn,
+    "linear_ffn": LinearFfn,
+    "skip": Skip,
 }
+
+# Ends of the names of tensors that keep their dtype, whatever that of the model they are read or written with.
+AS_STORED = ("weight_step", "weight_offset")
 
 
 @dataclass(frozen=True)
@@ -328,8 +341,11 @@ def swap(root: nn.Module, name: str, new: nn.Module) -> None:
     owner = root.get_submodule(parent)
     if isinstance(owner, (nn.ModuleList, nn.Sequential)):
         owner[int(last)] = new
-    else:
-        setattr(owner, last, new)
+        return
+    old = getattr(owner, last)
+    setattr(owner, last, new)
+    if last == "k_proj" and is_linear(old) and is_linear(new) and hasattr(owner, "num_key_value_groups"):
+        owner.num_key_value_groups = owner.num_key_value_groups * size(old)[0] // size(new)[0]  # query heads that read one key head
 
 
 def place(root: nn.Module, name: str, form: Form) -> None:
@@ -337,7 +353,9 @@ def place(root: nn.Module, name: str, form: Form) -> None:
     replaced = root.get_submodule(name)
     if "size" in form:
         replaced = resized(replaced, *form["size"])
-    swap(root, name, replaced if form["form"] == "linear" else FORMS[form["form"]].from_form(replaced, form))
+        swap(root, name, replaced)
+    if form["form"] != "linear":
+        swap(root, name, FORMS[form["form"]].from_form(replaced, form))
 
 
 def resized(linear: nn.Module, n: int, k: int) -> nn.Module:
@@ -373,14 +391,15 @@ def fill(
             else:
                 holder._buffers[last] = filled[place].data
     for name, part in module.named_modules():
-        if isinstance(part, BlockSparseLinear):
+        if isinstance(part, (DualGrainedLinear, BlockSparseLinear)):
             part.check((prefix + name).rstrip("."))
 
 
 def _ready(name: str, value: Tensor, device: str | torch.device, dtype: torch.dtype | None) -> Tensor:
     check_finite(value, name)
     narrower = dtype is not None and dtype.itemsize < value.dtype.itemsize
-    if dtype is not None and value.is_floating_point() and not (name.endswith("weight_scale") and narrower):
+    kept = name.endswith(AS_STORED) or (name.endswith("weight_scale") and narrower)
+    if dtype is not None and value.is_floating_point() and not kept:
         value = value.to(dtype)
     return value.to(device)
 

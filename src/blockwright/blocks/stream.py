@@ -167,6 +167,9 @@ class Stream:
             self._forward(model, slice(i, i + 1))
             for stub, arguments in zip(stubs, recorded, strict=True):
                 arguments.append(stub.seen[1:])
+        if self._num_samples() > 1:
+            self._forward(model, slice(0, 2))
+            _refuse_interleaved(blueprint.config.model_type, recorded[0][0], stubs[0].seen[1:])
         return torch.cat(embedded), recorded
 
     def _blocks_return_tuples(self, blueprint: Blueprint, model: nn.Module) -> bool:
@@ -302,6 +305,18 @@ def _merged(entries: list[Arguments]) -> Arguments:
         return entries[0]
     args = tuple(_stacked([a[0][i] for a in entries]) for i in range(len(entries[0][0])))
     return args, {key: _stacked([a[1][key] for a in entries]) for key in entries[0][1]}
+
+
+def _refuse_interleaved(kind: str, one: Arguments, two: Arguments) -> None:
+    """Raise BlockwrightError for an argument that has several rows for each sample: what one sample got does not serve for more."""
+    for name, value in one[1].items():
+        other = two[1][name]
+        if isinstance(value, Tensor) and value.dim() and value.shape[0] > 1 and other.shape[0] == 2 * value.shape[0]:
+            raise BlockwrightError(
+                f"{kind}: its blocks take {name} with {value.shape[0]} rows for each sample",
+                allowed="arguments with one row a sample, or the same for all samples",
+                do="Stages that need no calibration text work on it",
+            )
 
 
 def _absent(entry: Arguments) -> tuple[bool, ...]:

@@ -7,14 +7,15 @@ from typing import Any
 
 from blockwright.errors import BlockwrightError
 
-FORMS = ("gguf", "standard", "unrolled", "dense", "blockwright")
+FORMS = ("gguf", "standard", "unrolled", "w8a8", "dense", "blockwright")
 
 
 def convert(folder: str | Path, out: str | Path, *, to: str, overwrite: bool = False) -> dict[str, Any]:
     """Write the model of `folder` (one that blockwright wrote, or a plain one) into the folder `out`, all of it or nothing.
 
     to : gguf (model.gguf for llama.cpp and Ollama), standard (plain transformers), unrolled (the same; shared blocks as copies, adapters
-        merged), dense (plain weights), blockwright (our own layout). overwrite : replace what `out` holds.
+        merged), w8a8 (dual-grained linears in int8, for vLLM), dense (plain weights), blockwright (our own layout).
+    overwrite : replace what `out` holds.
     Returns what was written: for gguf see `blockwright.recipes.gguf.write`, else {layout, bytes}.
     Raises BlockwrightError where the form cannot hold the model, `folder` is damaged, or `out` is in use.
     """
@@ -30,7 +31,7 @@ def convert(folder: str | Path, out: str | Path, *, to: str, overwrite: bool = F
         )
 
     from blockwright.blocks import folders
-    from blockwright.recipes import export
+    from blockwright.recipes import export, w8a8
     from blockwright.recipes.load import open_folder
     from blockwright.recipes.prepare import check_output
 
@@ -45,6 +46,9 @@ def convert(folder: str | Path, out: str | Path, *, to: str, overwrite: bool = F
             from blockwright.recipes import gguf
 
             made.update(gguf.write(model, scratch, source=folder, stages=about.get("stages")))
+        elif to == "w8a8":
+            w8a8.write(model, scratch, source=folder, dtype=_dtype(model.config))
+            made.update(layout="w8a8", bytes=sum(p.stat().st_size for p in scratch.glob("*.safetensors")))
         else:
             layout = export.write(model, scratch, source=folder, layout=to, dtype=_dtype(model.config), about=about)
             made.update(layout=layout, bytes=sum(p.stat().st_size for p in scratch.glob("*.safetensors")))

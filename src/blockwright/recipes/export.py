@@ -19,7 +19,10 @@ from transformers import PreTrainedConfig
 from blockwright.blocks import layers
 from blockwright.blocks.layers import Blueprint
 from blockwright.blocks.parameters import Facts, Place, Tensors
+from blockwright.compress import dgq
 from blockwright.errors import BlockwrightError
+from blockwright.recipes.whole import whole
+from blockwright.recipes.zero_points import integer_zero_points
 
 FORMAT = 1
 OWN_STEM, STANDARD_STEM = "blockwright", "model"  # plain transformers finds no weights in an own-layout folder: it cannot open it wrongly
@@ -84,23 +87,20 @@ def write(
 
     layout : auto (standard where possible), standard, blockwright, unrolled (shared blocks as copies, adapters merged: standard, no gain in
         size from sharing), dense (plain weights everywhere; feed-forward layers of different widths get zero channels up to the widest, for
-        which config.json has a place: the same outputs, no gain).
+        which config.json has a place, key and value heads are repeated, and what is gone gets zeros: the same outputs, no gain).
     dtype : of floating-point tensors that are not scales. source : the dense model's folder, for tokenizer, licence and the like.
     about : goes into blockwright.json. Raises BlockwrightError where a standard layout cannot hold the model, with the reason.
     """
-    model, forms, copies = _written(model, layout)
+    model, forms, copies = laid_out(model, layout)
     reason = why_not_standard(model.edited(forms=forms), shared=not copies)
     refuse_layout(layout, reason)
     standard = reason is None and layout != "blockwright"
-    entries = _entries(model, forms, dtype, copies=copies)
-    _write_shards(folder, STANDARD_STEM if standard else OWN_STEM, entries)
+    entries = entries_of(model, forms, dtype, copies=copies)
+    write_shards(folder, STANDARD_STEM if standard else OWN_STEM, entries)
     config = model.config.to_dict() | {"dtype": str(dtype).removeprefix("torch.")}
     if standard and forms:
         config["quantization_config"] = quantization_config(model.edited(forms=forms))
-    (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-    for name in SIDE_FILES:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, folder / name)
+    write_beside(folder, config, source)
     description = {
         "format": FORMAT,
         "layout": "standard" if standard else "blockwright",
@@ -115,8 +115,8 @@ def write(
 
 def predicted_bytes(model: Blueprint, dtype: torch.dtype = torch.bfloat16, layout: str = "auto") -> int:
     """Bytes of all tensors as `write` will store them."""
-    model, forms, copies = _written(model, layout)
-    return sum(entry.facts.nbytes for entry in _entries(model, forms, dtype, copies=copies).values())
+    model, forms, copies = laid_out(model, layout)
+    return sum(entry.facts.nbytes for entry in entries_of(model, forms, dtype, copies=copies).values())
 
 
 def read(folder: Path) -> Blueprint:
@@ -184,8 +184,12 @@ def _scheme(form: layers.Form) -> tuple[int, int, bool]:
     return form["bits"], form["group_size"], form["symmetric"]
 
 
-def _written(model: Blueprint, layout: str) -> tuple[Blueprint, dict[str, layers.Form], bool]:
+def laid_out(model: Blueprint, layout: str) -> tuple[Blueprint, dict[str, layers.Form], bool]:
     """The model under the config of this layout, the forms that stay, and whether blocks that share weights are written as copies."""
+    if layout in ("standard", "unrolled"):
+        model = integer_zero_points(dgq.weight_only(model))
+    if layout == "dense":
+        model = whole(model)
     forms = dict(model.forms)
     resized = {name: {"form": "linear", "size": form["size"]} for name, form in forms.items() if "size" in form}
     if layout == "dense":
@@ -228,7 +232,7 @@ def uniform_config(model: Blueprint) -> PreTrainedConfig | None:
     return config if all(fits(name, module) for name, module in linears) else None
 
 
-def _entries(model: Blueprint, forms: dict[str, layers.Form], dtype: torch.dtype, *, copies: bool) -> dict[str, Entry]:
+def entries_of(model: Blueprint, forms: dict[str, layers.Form], dtype: torch.dtype, *, copies: bool) -> dict[str, Entry]:
     """What to write, by name: each place once (or, with `copies`, once a name; tied embeddings still once), in the model's order.
 
     Modules that have a form in the model and none in `forms` are written as plain weights.
@@ -248,7 +252,7 @@ def _entries(model: Blueprint, forms: dict[str, layers.Form], dtype: torch.dtype
         owner = min((m for m in plain if name.startswith(m + ".")), key=len, default=None)  # the outermost
         if owner is None:
             facts = model.tensors.facts(name)
-            if facts.dtype.is_floating_point and not name.endswith("weight_scale"):
+            if facts.dtype.is_floating_point and not name.endswith(("weight_scale", *layers.AS_STORED)):
                 facts = Facts(dtype, facts.shape)
             entries[name] = Entry(facts, partial(_read, model, name, facts.dtype))
         elif f"{owner}.weight" not in entries:
@@ -313,7 +317,15 @@ def _fitting(value: Tensor, dtype: torch.dtype, name: str) -> Tensor:
     return narrow.contiguous()
 
 
-def _write_shards(folder: Path, stem: str, entries: dict[str, Entry]) -> None:
+def write_beside(folder: Path, config: dict[str, Any], source: Path) -> None:
+    """config.json, and what the folder `source` has of tokenizer, licence and the like."""
+    (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    for name in SIDE_FILES:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, folder / name)
+
+
+def write_shards(folder: Path, stem: str, entries: dict[str, Entry]) -> None:
     """One safetensors file, or several of at most SHARD_BYTES with an index."""
     shards: list[dict[str, Entry]] = [{}]
     for name, entry in entries.items():

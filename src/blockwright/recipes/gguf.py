@@ -27,8 +27,11 @@ from transformers import AutoTokenizer, PreTrainedConfig
 from blockwright import __version__
 from blockwright.blocks import layers
 from blockwright.blocks.layers import Blueprint
+from blockwright.blocks.offset_packed import OffsetLinear
 from blockwright.blocks.packed import PackedEmbedding, PackedLinear
+from blockwright.compress import dgq
 from blockwright.errors import BlockwrightError
+from blockwright.recipes.whole import whole
 
 FILE = "model.gguf"
 FORMAT = 1
@@ -78,7 +81,9 @@ def write(model: Blueprint, folder: Path, *, source: Path, stages: list[dict[str
     Memory: one tensor at a time; while it works, the disk holds the tensors twice.
     """
     check(model.config)
+    model = whole(model)
     _check_sizes(model)
+    model = dgq.weight_only(model)
     writer = gguf.GGUFWriter(folder / FILE, ARCHITECTURES[model.config.model_type])
     writer.add_type("model")
     writer.add_name(source.absolute().name)
@@ -167,6 +172,18 @@ def on_grid(module: PackedLinear | PackedEmbedding) -> tuple[Kind, UInt8[np.ndar
     return kind, blocks(kind, unsigned, d, m)
 
 
+def on_offset_grid(module: OffsetLinear) -> tuple[Kind, UInt8[np.ndarray, "N B"]] | None:
+    """The module's own codes as blocks of Q4_1 or Q5_1, or None as in `on_grid`. Exact where steps and offsets are fp16 numbers."""
+    k, one_group = module.in_features, module.weight_step.shape[1] == 1
+    if module.bits > 5 or k % BLOCK or not (one_group or module.group_size % BLOCK == 0):
+        return None
+    kind = Kind.Q5_1 if module.bits == 5 else Kind.Q4_1
+    group_of_block = np.arange(0, k, BLOCK) // (k if one_group else module.group_size)
+    unsigned = (module.codes().to(torch.int16) + 2 ** (module.bits - 1)).to(torch.uint8).numpy()
+    d, m = (t.half().numpy()[:, group_of_block] for t in (module.weight_step, module.weight_offset))
+    return kind, blocks(kind, unsigned, d, m)
+
+
 def blocks(
     kind: Kind, codes: UInt8[np.ndarray, "N K"], d: Float16[np.ndarray, "N b"], m: Float16[np.ndarray, "N b"] | None
 ) -> UInt8[np.ndarray, "N B"]:
@@ -220,6 +237,7 @@ def _nearest(module: Any) -> Encoded:
 
     def candidates() -> Iterator[tuple[Kind, Shaped[np.ndarray, "N B"]]]:
         own = on_grid(module) if isinstance(module, (PackedLinear, PackedEmbedding)) else None
+        own = on_offset_grid(module) if isinstance(module, OffsetLinear) else own
         if own is not None:
             yield own
         if ours.shape[1] % BLOCK == 0:

@@ -7,7 +7,7 @@ from transformers import PreTrainedModel
 
 from blockwright.blocks import folders
 from blockwright.blocks.layers import Blueprint
-from blockwright.compress import finequant, lpvit
+from blockwright.compress import dgq, finequant, lpvit
 from blockwright.recipes import export
 
 
@@ -25,7 +25,7 @@ def load(
     blueprint = open_folder(folder, check=check)
     model = blueprint.build(device=device, dtype=dtype)
     if fast and blueprint.forms:
-        lpvit.accelerate(finequant.accelerate(model))
+        lpvit.accelerate(finequant.accelerate(dgq.accelerate(model)))
     return model
 
 

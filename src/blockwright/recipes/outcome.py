@@ -156,6 +156,7 @@ def block_table(dense: Blueprint, result: Blueprint, errors: dict[int, float]) -
         prefix = f"{path}.{now[i]}." if i in now else None
         after = {} if prefix is None else _modules(result, prefix, before)
         parts = [_part(dense, result, name, tensors, prefix, after.get(name, []), owners) for name, tensors in before.items()]
+        parts += [_part(dense, result, name, [], prefix, found, owners) for name, found in after.items() if name not in before]
         treatments = sorted({p["treatment"] for p in parts if p["treatment"] not in ("", "dense")}) or ["kept"]
         rows.append(_row(f"layers.{i}", ["dropped"] if prefix is None else treatments, parts, errors.get(i)))
     outside = {n: t for n, t in _modules(dense, "").items() if not n.startswith(path + ".")}
@@ -207,10 +208,13 @@ def _part(
     stored = [t for t in after if t in owners]
     module = f"{prefix}{name}"
     forms = [form for n, form in result.forms.items() if n == module or n.startswith(module + ".")]
+    around = next((form for n, form in result.forms.items() if module.startswith(n + ".")), None)  # what stands for all of a subblock
     sparsity = None
     if prefix is None:
         treatment = "dropped"
-    elif not stored:
+    elif around is not None and not forms:
+        treatment = _form(around)
+    elif after and not stored:
         treatment = "shared"
     elif forms:
         treatment = " + ".join(dict.fromkeys(_form(f) for f in forms))
@@ -239,7 +243,8 @@ def _form(form: layers.Form) -> str:
         return "{} x {}".format(*form["size"])
     if "bits" not in form:
         return str(form["form"]).replace("_", " ")
-    return f"int{form['bits']} {'channel' if form['group_size'] == -1 else 'g' + str(form['group_size'])}"
+    more = {"dual_grained": ", int8 inputs", "offset_packed": ", real offsets"}.get(form["form"], "")
+    return f"int{form['bits']} {'channel' if form['group_size'] == -1 else 'g' + str(form['group_size'])}{more}"
 
 
 def versions() -> dict[str, str]:

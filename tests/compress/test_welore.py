@@ -334,9 +334,9 @@ def test_by_default_so_many_weights_are_left_and_less_is_lost_than_by_threshold(
     whole = sum(m.weight.numel() for m in linears(model, "model.layers").values())
     assert all(0.7 * whole < n <= 0.8 * whole for n in kept.values())
     assert lost["energy"] < lost["threshold"] < lost["uniform"]
-    small = welore(model)  # 0.95, multiples of 8
+    small = welore(model)  # 0.98, multiples of 8
     assert all(m.rank % 8 == 0 for m in small.modules() if isinstance(m, LowRankLinear))
-    assert 0.85 * whole < sum(m.weight.numel() for m in linears(small, "model.layers").values()) <= 0.95 * whole
+    assert 0.9 * whole < sum(m.weight.numel() for m in linears(small, "model.layers").values()) <= 0.98 * whole
 
 
 def test_no_reduction_changes_nothing():

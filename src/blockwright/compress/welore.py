@@ -2,8 +2,8 @@
 factors, if text is given.
 
 Use it to save multiplications as well as bytes where matrices are large and their spectra fall fast, or to fine-tune a small part of a
-model that gets a little smaller on the way. Not where only bytes count: 8-bit weights halve them at almost no loss, while low rank takes a
-few percent of a small model before it needs fine-tuning. Quantising the factors afterwards adds both savings.
+model that gets a little smaller on the way. Not where only bytes count: 8-bit weights halve them at almost no loss, while low rank takes
+no more than a few percent off a small model before it needs fine-tuning. Quantising the factors afterwards adds both savings.
 
 WeLore, arXiv 2407.11239. Re-measure its claim: `blockwright reproduce welore`.
 """
@@ -36,7 +36,7 @@ CARD = {
     "kind": "stage",
     "arxiv": "2407.11239",
     "title": "From GaLore to WeLore: How Low-Rank Weights Non-uniformly Emerge from Low-Rank Gradients",
-    "summary": "low-rank factors, their ranks by one threshold on normalised singular values; fine-tuning of the factors alone",
+    "summary": "low-rank factors, each of a rank that follows from the singular values of all; fine-tuning of the factors alone",
     "saves": "parameters and multiplications of the matrices that are factored, alike; memory of fine-tuning",
     "needs": [],
     "text_for": ["finetune"],
@@ -61,7 +61,7 @@ FUSED = r"qkv|query_key_value|c_attn|gate_up_proj"  # linears that hold several 
 def welore(
     run: Run,
     *,
-    keep_parameters: Rate = 0.95,
+    keep_parameters: Share = 0.98,
     err: Share | None = None,
     min_ratio: Share | Literal["breakeven"] = 0.4999,
     allocator: Literal["energy", "threshold", "uniform"] = "energy",
@@ -131,7 +131,7 @@ def welore(
     _tell(run, chosen, len(spectra))
 
     def factor(block: Block, x: Tensor | None, y: Tensor | None, rng: torch.Generator) -> None:
-        for name, linear in block.linears(targets, ignore).items():
+        for name, linear in block.linears().items():
             if name in chosen.ranks:
                 dtype = run.model.tensors.facts(f"{name}.weight").dtype  # a tensor of a new name is stored as it is
                 v, u = factors(layers.matrix(linear).float(), chosen.ranks[name])
@@ -191,7 +191,7 @@ def choose_ranks(
     spectra: Mapping[str, Float[Tensor, " R"]],
     sizes: Mapping[str, tuple[int, int]],
     *,
-    keep_parameters: float = 0.95,
+    keep_parameters: float = 0.98,
     err: float | None = None,
     min_ratio: float | Literal["breakeven"] = 0.4999,
     allocator: Literal["energy", "threshold", "uniform"] = "energy",
@@ -343,7 +343,7 @@ def tune(run: Run, feed: Feed, *, steps: int, lr: float, norms: bool = True, che
     optimizer = torch.optim.AdamW(list({id(p): p for p in tuned.values()}.values()), lr=lr, weight_decay=0.0)
 
     def before(i: int) -> None:
-        optimizer.param_groups[0]["lr"] = lr * _schedule(i, steps)
+        optimizer.param_groups[0]["lr"] = lr * schedule(i, steps)
 
     run.curves["factors: loss"] = run.train(feed.loss(model), optimizer, steps=steps, before=before)
     return tuned
@@ -355,7 +355,7 @@ def trainable(model: nn.Module, *, norms: bool = True) -> set[str]:
     return {f"{name}.{end}" for name in pairs for end in ("V.weight", "U.weight")} | (set(block_vectors(model)) if norms else set())
 
 
-def _schedule(i: int, steps: int) -> float:
+def schedule(i: int, steps: int) -> float:
     """What the learning rate is multiplied by in step i."""
     warm_up = math.ceil(WARM_UP * steps)
     if i < warm_up:
@@ -415,7 +415,7 @@ def _check_options(
 ) -> None:
     ratio = min_ratio == "breakeven" if isinstance(min_ratio, str) else 0 <= min_ratio < 1
     for good, what, allowed, do in (
-        (0 < keep_parameters < 1, f"keep_parameters={keep_parameters}", "above 0, below 1", "Try 0.95"),
+        (0 < keep_parameters < 1, f"keep_parameters={keep_parameters}", "above 0, below 1", "Try 0.98"),
         (err is None or 0 <= err < 1, f"err={err}", "0 <= err < 1, or null", "Try 0.3"),
         (ratio, f"min_ratio={min_ratio!r}", '0 <= min_ratio < 1, or "breakeven"', "Try 0.4999"),
         (allocator in ("energy", "threshold", "uniform"), f"allocator={allocator!r}", "energy, threshold, uniform", None),

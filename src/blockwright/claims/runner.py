@@ -54,9 +54,12 @@ class Measured:
 
 @dataclass(frozen=True, kw_only=True)
 class Plot:
-    """What to draw: for each series its points (x, y). Bars take words for x, lines take numbers."""
+    """What to draw: for each series its points (x, y). Bars take words for x, lines and scatters take numbers.
 
-    kind: Literal["bar", "line"]
+    In a scatter a thin line joins the points that no other beats in both x and y, where less is better.
+    """
+
+    kind: Literal["bar", "line", "scatter"]
     title: str
     x: str
     y: str
@@ -223,7 +226,7 @@ def draw(plot: Plot, path: Path) -> None:
 
         figure = Figure(figsize=(6.4, 3.6), layout="constrained")
         axes = figure.subplots()
-        (_bars if plot.kind == "bar" else _lines)(axes, plot)
+        {"bar": _bars, "line": _lines, "scatter": _scatter}[plot.kind](axes, plot)
         if plot.target is not None:
             axes.axhline(plot.target, color="#b4413c", linewidth=1.2, linestyle=(0, (5, 3)), zorder=3)
             axes.annotate(
@@ -286,6 +289,15 @@ def _lines(axes: Any, plot: Plot) -> None:
             markersize=3.5,
             linewidth=1.6,
         )
+
+
+def _scatter(axes: Any, plot: Plot) -> None:
+    points = sorted((float(x), y) for series in plot.series.values() for x, y in series)
+    front = [p for i, p in enumerate(points) if all(p[1] < q[1] for q in points[:i])]
+    axes.plot(*zip(*front, strict=True), color="#8a949e", linewidth=1, zorder=1)
+    for i, (name, series) in enumerate(plot.series.items()):
+        marker = "osD^v"[i // len(COLOURS) % 5]
+        axes.scatter(*zip(*series, strict=True), label=name, color=COLOURS[i % len(COLOURS)], marker=marker, s=26, zorder=2)
 
 
 def _numbers(m: Measured) -> dict[str, Any]:

@@ -160,6 +160,14 @@ def test_a_method_without_a_claim_says_which_file_to_write(claims, monkeypatch):
         runner.claim_module("c")
 
 
+def test_a_scatter_joins_what_no_other_beats():
+    drawn = []
+    axes = types.SimpleNamespace(plot=lambda x, y, **_: drawn.extend(zip(x, y, strict=True)), scatter=lambda *_, **__: None)
+    series = {"ours": [(2, 5.0), (4, 1.0)], "theirs": [(3, 6.0), (3.5, 3.0), (5, 1.0)]}
+    runner._scatter(axes, Plot(kind="scatter", title="", x="", y="", series=series))
+    assert drawn == [(2, 5.0), (3.5, 3.0), (4, 1.0)]
+
+
 @pytest.mark.parametrize(
     "plot",
     [
@@ -167,8 +175,9 @@ def test_a_method_without_a_claim_says_which_file_to_write(claims, monkeypatch):
         bars(target=2.0),
         Plot(kind="bar", title="t", x="", y="", series={"ours": [("a", 1), ("b", 2)], "theirs": [("a", 2), ("b", 3)]}, log=True),
         Plot(kind="line", title="t", x="bits", y="", series={"ours": [(2, 5.0), (4, 1.0)], "theirs": [(3, 2.0)]}, target=1.5, log=True),
+        Plot(kind="scatter", title="t", x="MB", y="", series={"ours": [(2, 5.0), (4, 1.0)], "theirs": [(3, 6.0)]}, log=True),
     ],
-    ids=["bars", "target", "groups", "lines"],
+    ids=["bars", "target", "groups", "lines", "scatter"],
 )
 def test_a_plot_is_svg_and_the_same_every_time(tmp_path, plot):
     for name in ("a.svg", "b.svg"):

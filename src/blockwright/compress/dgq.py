@@ -4,13 +4,12 @@ Use it when a model shall take the memory of 4-bit weights and compute in int8, 
 On an H100 its kernel is as yet slower than finequant's at few rows and than bf16 at many: there it saves memory alone.
 Not where activations must stay in 16 bits (they are rounded to int8 by one fixed scale a linear), not for decoding alone, where plain 4-bit
 weights lose less, and not without calibration text like that of use, which fixes what is clipped: with all blocks of SmolLM2 treated the
-loss is about 1.2 times that of 4-bit weights with float scales on such text, and twice that on source code.
+loss is 1.2 times that of 4-bit weights with float scales on such text, and 1.7 times on source code.
 
 DGQ (Dual Grained Quantization), arXiv 2310.04836. Re-measure its claim: `blockwright reproduce dgq`.
 """
 
 import importlib.util
-import itertools
 import math
 from collections import Counter
 from collections.abc import Iterable
@@ -55,10 +54,7 @@ LARGEST = 127  # of an int8 weight or activation
 PERCENTILE = 0.99  # of the tokens of a sample, for act_range="percentile"
 TINY = 1e-30  # channels of weights with no larger number count as zeros
 CANDIDATES_AT_ONCE = 2**21  # weights of all candidates of the rows that are searched together: they stay in the cache
-TOKENS_KEPT = 8192  # about so many of all inputs of a linear, on which ranges are tried
-TOKENS_AT_ONCE = 512  # they stay in the cache
-RANGES_TRIED = 16  # max|x| / 2**(j / 4), j = 0..15
-ACT_RANGES = ("least_error", "min_of_max", "max", "percentile")
+ACT_RANGES = ("max", "min_of_max", "percentile")
 
 
 @stage
@@ -69,7 +65,7 @@ def dgq(
     group_size: GroupSize = 64,
     pad: bool = True,
     smooth: bool = True,
-    act_range: Literal["least_error", "min_of_max", "max", "percentile"] = "least_error",
+    act_range: Literal["max", "min_of_max", "percentile"] = "max",
     targets: Targets = ["Linear"],
     ignore: Targets = [],
 ) -> None:
@@ -82,9 +78,9 @@ def dgq(
     group_size : inputs that share a fine scale; the paper has 128. -1: the whole row.
     pad : where group_size does not divide the inputs of a linear, its last group is shorter; false: that is refused.
     smooth : move outlier channels of activations into the weights: the largest 0.5 % of the channels are scaled down to the next one.
-    act_range : the largest input that is not clipped. least_error (ours): of 16 ranges the one that should change the outputs least. Else
-        the largest over channels: of the least over samples of a channel's maximum (min_of_max; the official code), of its maximum (max),
-        or of its 99th percentile within a sample (percentile).
+    act_range : the largest input that is not clipped: of the calibration text (max; nothing in it is clipped), or the largest over channels
+        of the least over samples of a channel's maximum (min_of_max; the official code), or of its 99th percentile within a sample
+        (percentile).
     targets : linears to treat: a class name, a dotted name or its end, or "re:<regex>".
     ignore : linears to leave dense, in the same form.
 
@@ -104,7 +100,7 @@ def dgq(
         wiring = trace(block, x)
         first_reader: dict[int, str] = {}  # one Gram matrix for all linears that read one tensor
         reads = {name: first_reader.setdefault(wiring.reads.get(name, id(m)), name) for name, m in linears.items()}
-        make = _inputs(x.shape[1], act_range, TOKENS_KEPT / (x.shape[0] * x.shape[1]), rng)
+        make = _inputs(x.shape[1], act_range)
         seen: dict[str, Any] = block.observe(x, make, set(reads.values()))
         for name, reader in reads.items():
             if not seen[reader].gram.count:
@@ -118,7 +114,7 @@ def dgq(
         for name, linear in linears.items():
             inputs = seen[reads[name]]
             weight = quantize(layers.matrix(linear), inputs.gram.sum, bits=bits, group_size=group_size, name=name)
-            block.swap(name, DualGrainedLinear.of(linear, weight, inputs.amax(layers.matrix(linear)), bits=bits, group_size=group_size))
+            block.swap(name, DualGrainedLinear.of(linear, weight, inputs.amax(), bits=bits, group_size=group_size))
 
     run.blocks(treat, inputs="treated", write=True)
 
@@ -222,26 +218,6 @@ def smoothing_factors(top_K: Float[Tensor, " K"]) -> Float[Tensor, " K"]:
     """
     kth = top_K.sort(descending=True).values[min(int(0.005 * len(top_K) + 1.5), len(top_K)) - 1]
     return torch.ones_like(top_K) if kth < 1e-4 else (top_K / kth).clamp(min=1)
-
-
-@torch.no_grad()
-def range_changes(x_TK: Float[Tensor, "T K"], largest: float) -> Float[Tensor, "R K"]:
-    """The squared changes of x by rounding to int8, summed over tokens, for the ranges largest / 2**(j / 4), j = 0..15."""
-    changes_RK = x_TK.new_zeros(RANGES_TRIED, x_TK.shape[1])
-    for x, j in itertools.product(x_TK.split(TOKENS_AT_ONCE), range(RANGES_TRIED)):
-        step = largest * 2 ** (-j / 4) / LARGEST
-        changes_RK[j] += (x / step).round_().clamp_(-LARGEST, LARGEST).mul_(step).sub_(x).square_().sum(0)
-    return changes_RK
-
-
-@torch.no_grad()
-def least_error_range(changes_RK: Float[Tensor, "R K"], w_NK: Float[Tensor, "N K"], largest: float) -> float:
-    """Of the ranges of `range_changes` the one where rounding x is expected to change x W^T least.
-
-    Expected: errors of different inputs are taken as independent, so that the square of each counts by the squared norm of its column of W.
-    """
-    error_R = changes_RK @ w_NK.square().sum(0)
-    return float(largest * 2 ** (-int(error_R.argmin()) / 4))
 
 
 @torch.no_grad()
@@ -382,20 +358,15 @@ def accelerate(model: nn.Module) -> nn.Module:
     return model
 
 
-def _inputs(length: int, act_range: str, share: float, rng: torch.Generator) -> type[Stat]:
-    """The Gram matrix of a linear's inputs and their range, over samples of `length` tokens that come whole, one after another.
-
-    share : of the tokens, drawn by rng, that are kept to try ranges on.
-    """
+def _inputs(length: int, act_range: str) -> type[Stat]:
+    """The Gram matrix of a linear's inputs and their range, over samples of `length` tokens that come whole, one after another."""
 
     class Inputs:
-        """top [K]: the maximum of |x|. range [K]: what `act_range` takes of each channel. kept: some tokens, for least_error."""
+        """top [K]: the maximum of |x|. range [K]: what `act_range` takes of each channel."""
 
         def __init__(self, features: int) -> None:
             self.gram, self.top = Gram(features), torch.zeros(features)
             self.range: Tensor | None = None
-            self.kept: list[Tensor] = []
-            self.changes: Tensor | None = None
 
         def add(self, x: Float[Tensor, "t K"]) -> None:
             if not len(x):
@@ -405,10 +376,7 @@ def _inputs(length: int, act_range: str, share: float, rng: torch.Generator) -> 
             samples = sizes.unflatten(0, (-1, length)) if len(x) % length == 0 else sizes[None]  # experts get tokens of any sample
             tops = samples.amax(1)
             self.top = torch.maximum(self.top.to(x.device), tops.amax(0))
-            if act_range == "least_error":
-                some = torch.randperm(len(x), generator=rng, device=x.device)[: math.ceil(share * len(x))]
-                self.kept.append(x[some])
-            elif act_range == "percentile":
+            if act_range == "percentile":
                 tops = samples.kthvalue(math.ceil(PERCENTILE * samples.shape[1]), dim=1).values
             least = act_range == "min_of_max"
             found = tops.amin(0) if least else tops.amax(0)
@@ -425,17 +393,11 @@ def _inputs(length: int, act_range: str, share: float, rng: torch.Generator) -> 
             assert self.range is not None
             self.gram.sum = self.gram.sum / t_K / t_K[:, None]
             self.top, self.range = self.top / t_K, self.range / t_K
-            self.kept = [x / t_K for x in self.kept]
 
-        def amax(self, w_NK: Float[Tensor, "N K"]) -> float:
-            """The largest input of the linear w that is not clipped; 1 where all inputs were 0."""
+        def amax(self) -> float:
+            """The largest input that is not clipped; 1 where all inputs were 0."""
             assert self.range is not None
-            largest = float(self.range.max()) or float(self.top.max()) or 1.0
-            if act_range != "least_error":
-                return largest
-            if self.changes is None:
-                self.changes = range_changes(torch.cat(self.kept), largest)
-            return least_error_range(self.changes, w_NK, largest)
+            return float(self.range.max()) or float(self.top.max()) or 1.0
 
     return Inputs
 

@@ -1,8 +1,12 @@
 """Turns a trained language model into a cheaper one for one stated deployment: each block gets the attention (fewer key and value heads, a
 linear, none) and the feed-forward layer (fewer channels, a linear, none) that an exact program picks from what each replacement costs and
-what it was measured to spoil. Use it when memory or speed at a known batch and length is the limit and there is text to distil on. Not
-without such text, and not where only bytes count: at the same size quantised weights lose far less. Puzzle, arXiv 2411.19146.
-Re-measure its claim: `blockwright reproduce puzzle`.
+what it was measured to spoil.
+
+Use it when memory or speed at a known batch and length is the limit and there is text to distil on. Not without such text, and not where
+only bytes count: at the same size quantised weights lose far less. Try removing whole blocks too (foldgpt): on the claim's small model,
+with their neighbours distilled to do their work, that loses less than the program's child, which beats the same variant everywhere.
+
+Puzzle, arXiv 2411.19146. Re-measure its claim: `blockwright reproduce puzzle`.
 """
 
 import math

@@ -950,7 +950,7 @@ def test_both_or_no_budget_is_refused():
     for budget in ({}, {"bits": 3.0, "size": 10_000}):
         with pytest.raises(BlockwrightError, match="Allowed: one of the two"):
             net.find(ids(), **budget)
-    with pytest.raises(BlockwrightError, match=r"a limit of 5\. Allowed: at least 6"):
+    with pytest.raises(BlockwrightError, match=r"a budget of 5\. Allowed: at least 6"):
         search(lambda c: 0.0, {(2,) * 3: 1.0}, [[2, 3, 4]] * 3, 5, (2, 3, 4), torch.Generator())
 
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear, pad
 from transformers.pytorch_utils import Conv1D
 
+from blockwright.blocks.linear import size
 from blockwright.errors import BlockwrightError
 
 Product = Callable[[Tensor, "BlockSparseLinear"], Tensor]  # x [*b, K] -> y [*b, N]
@@ -80,7 +81,7 @@ class BlockSparseLinear(nn.Module):
     def from_form(cls, replaced: nn.Module, form: dict[str, Any]) -> "BlockSparseLinear":
         """The module without its tensors (on meta), in the place of a linear of the same sizes."""
         transposed = isinstance(replaced, Conv1D)
-        k, n = replaced.weight.shape if transposed else reversed(replaced.weight.shape)  # type: ignore[arg-type,misc]
+        n, k = size(replaced)
         r, c = form["tile"]
         bias = getattr(replaced, "bias", None) is not None
         return cls(k, n, tile=(r, c), kept=form["kept"], bias=bias, transposed=transposed)

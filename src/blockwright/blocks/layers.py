@@ -25,6 +25,8 @@ from transformers.pytorch_utils import Conv1D
 
 from blockwright.blocks.block_sparse import BlockSparseLinear
 from blockwright.blocks.dual_grained import DualGrainedLinear
+from blockwright.blocks.linear import is_linear as is_linear
+from blockwright.blocks.linear import size as size
 from blockwright.blocks.lora import LoraLinear
 from blockwright.blocks.low_rank import LowRankLinear
 from blockwright.blocks.offset_packed import OffsetLinear
@@ -290,19 +292,6 @@ def num_blocks(config: PreTrainedConfig) -> int:
 
 def _depth_key(config: PreTrainedConfig) -> str:
     return next((k for k in ("num_hidden_layers", "n_layer", "num_layers") if k in config.to_dict()), "num_hidden_layers")
-
-
-def is_linear(module: nn.Module) -> bool:
-    """A dense matrix multiplication: nn.Linear or transformers' Conv1D (the same, stored transposed)."""
-    return isinstance(module, (nn.Linear, Conv1D))
-
-
-def size(linear: nn.Module) -> tuple[int, int]:
-    """Outputs N and inputs K of a linear, dense or of one of the forms."""
-    if is_linear(linear):
-        n, k = linear.weight.shape  # type: ignore[union-attr,misc]
-        return (k, n) if isinstance(linear, Conv1D) else (n, k)
-    return int(linear.out_features), int(linear.in_features)  # type: ignore[arg-type]
 
 
 def matrix(linear: nn.Module) -> Tensor:

@@ -7,6 +7,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from blockwright.blocks.linear import is_linear, size
+
 
 class LoraLinear(nn.Module):
     """y = base(x) + (lora_alpha / r) (x A^T) B^T. LoRA, arXiv 2106.09685.
@@ -19,7 +21,7 @@ class LoraLinear(nn.Module):
         super().__init__()
         self.base, self.r, self.lora_alpha = base, r, lora_alpha
         self.transposed = isinstance(base, Conv1D) or getattr(base, "transposed", False)
-        k, n = base.weight.shape if isinstance(base, Conv1D) else (base.in_features, base.out_features)
+        n, k = size(base)
         self.in_features, self.out_features = k, n
         self.lora_A = nn.Parameter(torch.empty(r, k, device="meta"), requires_grad=False)
         self.lora_B = nn.Parameter(torch.empty(n, r, device="meta"), requires_grad=False)
@@ -32,7 +34,7 @@ class LoraLinear(nn.Module):
 
     def plain_weight(self) -> Tensor:
         """The merged weight in fp32, laid out as in the module that this one replaces."""
-        base = self.base.weight if isinstance(self.base, (nn.Linear, Conv1D)) else self.base.plain_weight()
+        base = self.base.weight if is_linear(self.base) else self.base.plain_weight()
         delta = self.lora_alpha / self.r * (self.lora_B.float() @ self.lora_A.float())
         return base.float() + (delta.T if self.transposed else delta)
 

@@ -6,6 +6,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from blockwright.blocks.linear import size
+
 
 class LowRankLinear(nn.Module):
     """y = U(V(x)): V from K inputs to `rank` without a bias, U from there to N outputs with the bias of the linear that it stands for.
@@ -35,7 +37,7 @@ class LowRankLinear(nn.Module):
     def from_form(cls, replaced: nn.Module, form: dict[str, Any]) -> "LowRankLinear":
         """The module without its tensors (on meta), in the place of a linear of the same sizes."""
         transposed = isinstance(replaced, Conv1D)
-        k, n = replaced.weight.shape if transposed else reversed(replaced.weight.shape)  # type: ignore[arg-type,misc]
+        n, k = size(replaced)
         return cls(k, n, rank=form["rank"], bias=getattr(replaced, "bias", None) is not None, transposed=transposed)
 
     def form(self) -> dict[str, Any]:

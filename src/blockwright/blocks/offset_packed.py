@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from blockwright.blocks import tiles
+from blockwright.blocks.linear import size
 
 
 class OffsetLinear(nn.Module):
@@ -60,7 +61,7 @@ class OffsetLinear(nn.Module):
     @classmethod
     def from_form(cls, replaced: nn.Module, form: dict[str, Any]) -> "OffsetLinear":
         """The module without its tensors (on meta), in the place of a linear of the same sizes."""
-        k, n = replaced.weight.shape if isinstance(replaced, Conv1D) else reversed(replaced.weight.shape)  # type: ignore[arg-type,misc]
+        n, k = size(replaced)
         bias = getattr(replaced, "bias", None) is not None
         return cls(k, n, bits=form["bits"], group_size=form["group_size"], bias=bias, transposed=form.get("transposed", False))
 

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from blockwright.blocks import tiles
+from blockwright.blocks.linear import size
 
 
 class _Packed(nn.Module):
@@ -98,7 +99,7 @@ class PackedLinear(_Packed):
     @classmethod
     def from_form(cls, replaced: nn.Module, form: dict[str, Any]) -> "PackedLinear":
         """The module without its tensors (on meta), in the place of a linear of the same sizes."""
-        k, n = replaced.weight.shape if isinstance(replaced, Conv1D) else reversed(replaced.weight.shape)  # type: ignore[arg-type,misc]
+        n, k = size(replaced)
         return cls(
             k,
             n,

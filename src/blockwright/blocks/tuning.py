@@ -76,6 +76,11 @@ def mean_of_real(value: Float[Tensor, "b T"], mask: Int[Tensor, "b T"] | None) -
     return value.mean() if mask is None else (value * mask).sum() / mask.sum().clamp(min=1)
 
 
+def cosine(i: int, steps: int) -> float:
+    """What a learning rate is multiplied by in step i of `steps`: from 1 along a cosine towards 0."""
+    return (1 + math.cos(math.pi * i / steps)) / 2
+
+
 def chain(model: nn.Module, *, checkpointing: bool = False) -> nn.ModuleList:
     """The blocks of a resident model; with `checkpointing`, from now on they keep only their inputs for the backward pass."""
     blocks = model.get_submodule(layers.chain_path(model))

@@ -10,13 +10,10 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import save_file
 
 import blockwright
 from blockwright import meter, registry, zoo
-from blockwright.blocks import layers
-from blockwright.blocks.layers import Blueprint
 from blockwright.claims.runner import Claim, Measured, Plot
 from blockwright.errors import BlockwrightError
 
@@ -49,13 +46,13 @@ def claim(*, seed: int = 0, device: str = "cpu") -> Claim:
     """SmolLM2-135M off its 4-bit grid, at the sizes of 4 and of 3 bits a weight in groups of 64."""
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory(prefix="blockwright-") as scratch:
-        pass_seconds = _forward_pass()
+        pass_seconds, block_parameters = _dense_model()
         for group, runs in RUNS.items():
             for name, stages in runs.items():
                 report = _run(stages, Path(scratch) / f"{group} {name}", seed)
                 if not rows:
                     rows.append({"size": "bf16", "model": "dense", **_numbers(report["dense"])})
-                timed = [_timed(stage, pass_seconds) for stage in report["stages"]]
+                timed = [_timed(stage, pass_seconds, block_parameters) for stage in report["stages"]]
                 rows.append({"size": group, "model": name, **_numbers(report["result"]), **_joined(timed)})
                 print(rows[-1], flush=True)
             peer = _peer(Path(scratch), BITS[group])
@@ -134,21 +131,18 @@ def _numbers(side: dict[str, Any]) -> dict[str, Any]:
     return {"MB": side["bytes"] / 1e6, "perplexity": side["perplexity"], "kl": side.get("kl")}
 
 
-def _forward_pass() -> float:
-    """Seconds of one pass of the dense model's blocks over the calibration text, 8 windows at a time."""
+def _dense_model() -> tuple[float, int]:
+    """Seconds of one pass of the dense model's blocks over the calibration text, 8 windows at a time, and the parameters of a block."""
     model = zoo.smollm2(off_grid=True)
     ids = zoo.windows("pydoc", "calibration", num=8, length=LENGTH, tokenizer=zoo.tokenizer())
-    return NUM / len(ids) * meter.time(lambda: model.model(ids, use_cache=False), repeats=3, warmup=1).median
+    seconds = NUM / len(ids) * meter.time(lambda: model.model(ids, use_cache=False), repeats=3, warmup=1).median
+    return seconds, sum(p.numel() for p in model.model.layers[0].parameters())
 
 
-def _timed(stage: dict[str, Any], pass_seconds: float) -> tuple[float, float]:
+def _timed(stage: dict[str, Any], pass_seconds: float, block_parameters: int) -> tuple[float, float]:
     """Seconds of a stage, and these over the passes that it needs; one that needs no text is held against one pass."""
-    blueprint = Blueprint.of_module(zoo.smollm2(off_grid=True))
-    blocks = layers.num_blocks(blueprint.config)
-    path = layers.chain_path(blueprint.skeleton()) + "."
-    parameters = sum(torch.Size(blueprint.tensors.facts(n).shape).numel() for n in blueprint.tensors if n.startswith(path)) // blocks
     plan = import_module(registry.method(stage["name"]).module).plan
-    passes = plan(block_parameters=parameters, tokens=NUM * LENGTH, **stage["options"])["passes"]
+    passes = plan(block_parameters=block_parameters, tokens=NUM * LENGTH, **stage["options"])["passes"]
     return stage["seconds"], stage["seconds"] / (max(passes, 1) * pass_seconds)
 
 

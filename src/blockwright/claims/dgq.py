@@ -18,7 +18,7 @@ from blockwright.blocks import dual_grained, tiles
 from blockwright.blocks.layers import Blueprint
 from blockwright.blocks.run import Run
 from blockwright.blocks.stream import Block, Gram
-from blockwright.claims.runner import Claim, Measured, Plot
+from blockwright.claims.runner import Claim, Measured, Plot, numbers
 from blockwright.compress import dgq as method
 from blockwright.compress import finequant
 
@@ -79,13 +79,8 @@ def _quality(seed: int) -> Claim:
 
     headline = part("loss of A8W4 over that of phase 1 alone with 16-bit activations", ours[DOCUMENTATION] / fine[DOCUMENTATION], 1.25)
     return Claim(
+        **numbers(headline),
         paper=PAPER,
-        name=headline.name,
-        measured=headline.measured,
-        target=headline.target,
-        unit=headline.unit,
-        better=headline.better,
-        baseline=headline.baseline,
         parts=[
             part("the same on source code, unlike the calibration text", ours[CODE] / fine[CODE], 1.25),
             part("the same with the official range of activations", official[DOCUMENTATION] / fine[DOCUMENTATION], 1.25),
@@ -227,13 +222,8 @@ def _speed(seed: int) -> Claim:
 
     first = least("16 to 64 rows, slowest of 2 shapes", "x_bf16", 2.2, (16, 32, 64))
     return Claim(
+        **numbers(first),
         paper=PAPER,
-        name=first.name,
-        measured=first.measured,
-        target=first.target,
-        unit=first.unit,
-        better="higher",
-        baseline=1.0,
         parts=[
             least("16 to 64 rows, slowest", "x_int_mm", 1.25, (16, 32, 64)),
             least("256 rows, slowest", "x_bf16", 1.0, (256,)),

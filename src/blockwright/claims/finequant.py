@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from blockwright import meter, zoo
 from blockwright.blocks import tiles
 from blockwright.blocks.packed import PackedLinear
-from blockwright.claims.runner import Claim, Measured, Plot
+from blockwright.claims.runner import Claim, Measured, Plot, numbers
 from blockwright.compress import finequant as fq
 
 PAPER = "up to 3.65x throughput on the same number of GPUs with minimal loss (OPT-175B); a group size per matrix keeps int4 from collapsing"
@@ -163,13 +163,8 @@ def _speed(seed: int) -> Claim:
     large, square = SHAPES[:3], [SHAPES[0], SHAPES[3]]
     first = least("int4 g64, 1 row, slowest of 3 shapes", 2.2, (1,), large)
     return Claim(
+        **numbers(first),
         paper=PAPER,
-        name=first.name,
-        measured=first.measured,
-        target=first.target,
-        unit=first.unit,
-        better="higher",
-        baseline=1.0,
         parts=[
             least("1 row, slowest of 3 shapes", 1.0, (1,), large, key="over_torch_int4"),
             least("16 rows, slowest of 3 shapes", 2.2, (16,), large),

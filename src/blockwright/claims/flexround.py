@@ -14,7 +14,7 @@ from blockwright.blocks.layers import Blueprint
 from blockwright.blocks.packed import PackedLinear
 from blockwright.blocks.run import Run
 from blockwright.blocks.stream import Block, Gram
-from blockwright.claims.runner import Claim, Measured, Plot
+from blockwright.claims.runner import Claim, Measured, Plot, numbers
 from blockwright.claims.small_model import texts, trained
 from blockwright.compress import flexround as method
 from blockwright.compress.flexround import Codes, initial_grid, reconstruct
@@ -87,13 +87,8 @@ def _claim(gap: dict[str, dict[str, float]], rival: str, targets: tuple[float, f
     first, *rest = parts
     methods = list(next(iter(gap.values())))
     return Claim(
-        name=first.name,
+        **numbers(first),
         paper=PAPER,
-        measured=first.measured,
-        target=first.target,
-        unit=first.unit,
-        better=first.better,
-        baseline=first.baseline,
         parts=rest,
         rows=rows,
         plot=Plot(

@@ -102,9 +102,9 @@ def reproduce(slug: str, *, seed: int = 0, device: str = "cpu", out: Path | None
         "format": 1,
         "method": slug,
         "paper": made.paper,
-        **_numbers(made),
+        **numbers(made),
         "met": made.met,
-        "parts": [_numbers(part) | {"met": part.met} for part in made.parts],
+        "parts": [numbers(part) | {"met": part.met} for part in made.parts],
         "rows": [dict(row) for row in made.rows],
         "plot": None if made.plot is None else dataclasses.asdict(made.plot),
         "notes": list(made.notes),
@@ -300,7 +300,8 @@ def _scatter(axes: Any, plot: Plot) -> None:
         axes.scatter(*zip(*series, strict=True), label=name, color=COLOURS[i % len(COLOURS)], marker=marker, s=26, zorder=2)
 
 
-def _numbers(m: Measured) -> dict[str, Any]:
+def numbers(m: Measured) -> dict[str, Any]:
+    """The fields of a measured number: for its row in a result, and to make it a claim's headline, `Claim(**numbers(first), ...)`."""
     return {f.name: getattr(m, f.name) for f in dataclasses.fields(Measured)}
 
 

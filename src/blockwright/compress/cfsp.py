@@ -19,7 +19,7 @@ from blockwright.blocks.feed_forward import Ffn, halves, narrower
 from blockwright.blocks.layers import Blueprint
 from blockwright.blocks.run import Facts, Run, stage
 from blockwright.blocks.stream import Block, batches
-from blockwright.blocks.tuning import Feed, add_lora, chain, kept_for_backward, merge
+from blockwright.blocks.tuning import Feed, add_lora, chain, cosine, kept_for_backward, merge
 from blockwright.errors import BlockwrightError
 from blockwright.options import Count, Positive, Rate, Share
 
@@ -346,7 +346,7 @@ def recover(run: Run, feed: Feed, ranks: Sequence[int], *, steps: int, lr: float
     optimizer = torch.optim.AdamW(factors, lr=lr, weight_decay=0.0)
 
     def before(i: int) -> None:
-        optimizer.param_groups[0]["lr"] = lr * (1 + math.cos(math.pi * i / steps)) / 2
+        optimizer.param_groups[0]["lr"] = lr * cosine(i, steps)
 
     run.curves["recovery: loss"] = run.train(feed.loss(model), optimizer, steps=steps, before=before)
     return model

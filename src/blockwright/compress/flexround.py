@@ -20,6 +20,7 @@ from blockwright.blocks import layers, tiles
 from blockwright.blocks.packed import PackedLinear
 from blockwright.blocks.run import Facts, Run, stage
 from blockwright.blocks.stream import Block, batches
+from blockwright.blocks.tuning import cosine
 from blockwright.errors import BlockwrightError
 from blockwright.options import Bits, Count, GroupSize, Positive, Rate, Targets
 
@@ -341,7 +342,7 @@ def reconstruct(
         if len(order) < batch_size:
             order = torch.randperm(len(x), generator=rng, device=rng.device).tolist()
         rows, order = order[:batch_size], order[batch_size:]
-        optimizer.param_groups[0]["lr"] = lr * 0.5 * (1 + math.cos(math.pi * i / iters))
+        optimizer.param_groups[0]["lr"] = lr * cosine(i, iters)
         optimizer.zero_grad()
         with _fast_products(x.device, amp):
             out = block(x[rows], rows)

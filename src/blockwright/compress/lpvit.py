@@ -32,7 +32,7 @@ from blockwright.blocks.layers import Blueprint
 from blockwright.blocks.parameters import Place
 from blockwright.blocks.run import Run, stage
 from blockwright.blocks.stream import Block, batches
-from blockwright.blocks.tuning import kl_of_tokens, mean_of_real, next_token_loss
+from blockwright.blocks.tuning import cosine, kl_of_tokens, mean_of_real, next_token_loss
 from blockwright.errors import BlockwrightError
 from blockwright.options import Count, Positive, Rate, Share, Targets
 
@@ -429,7 +429,7 @@ def finetune(
     warm = math.ceil(WARM_UP * steps)
 
     def schedule(i: int) -> None:
-        rate = (i + 1) / warm if i < warm else (1 + math.cos(math.pi * (i - warm) / max(1, steps - warm))) / 2
+        rate = (i + 1) / warm if i < warm else cosine(i - warm, max(1, steps - warm))
         for group in optimizer.param_groups:
             group["lr"] = lr * rate
 

@@ -29,7 +29,7 @@ from blockwright.blocks.offset_packed import OffsetLinear, from_offset
 from blockwright.blocks.parameters import Place
 from blockwright.blocks.run import Facts, Run, stage
 from blockwright.blocks.stream import Block, Gram, batches
-from blockwright.blocks.tuning import Feed, chain, kept_for_backward, kl_of_tokens, mean_of_real, next_token_loss
+from blockwright.blocks.tuning import Feed, chain, cosine, kept_for_backward, kl_of_tokens, mean_of_real, next_token_loss
 from blockwright.errors import BlockwrightError
 from blockwright.options import Count, GroupSize, Positive, Rate, Share, Targets
 
@@ -616,7 +616,7 @@ def train(
 
     def before(i: int) -> None:
         for group, peak in zip(optimizer.param_groups, rate.values(), strict=True):
-            group["lr"] = peak * (1 + math.cos(math.pi * i / steps)) / 2
+            group["lr"] = peak * cosine(i, steps)
 
     if steps:
         run.curves["supernet: loss"] = run.train(loss, optimizer, steps=steps, before=before)

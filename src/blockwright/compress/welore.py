@@ -26,7 +26,7 @@ from blockwright.blocks.low_rank import LowRankLinear
 from blockwright.blocks.parameters import Place
 from blockwright.blocks.run import Facts, Run, stage
 from blockwright.blocks.stream import Block
-from blockwright.blocks.tuning import Feed, block_vectors, chain, kept_for_backward
+from blockwright.blocks.tuning import Feed, block_vectors, chain, cosine, kept_for_backward
 from blockwright.errors import BlockwrightError
 from blockwright.options import Count, Positive, Rate, Share, Targets
 
@@ -360,7 +360,7 @@ def schedule(i: int, steps: int) -> float:
     warm_up = math.ceil(WARM_UP * steps)
     if i < warm_up:
         return (i + 1) / warm_up
-    return FLOOR + (1 - FLOOR) * (1 + math.cos(math.pi * (i - warm_up) / max(1, steps - warm_up))) / 2
+    return FLOOR + (1 - FLOOR) * cosine(i - warm_up, max(1, steps - warm_up))
 
 
 # the model, the options

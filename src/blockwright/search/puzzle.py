@@ -27,7 +27,7 @@ from blockwright.blocks.replacement import Scorer
 from blockwright.blocks.run import Facts, Run, stage
 from blockwright.blocks.stream import Block
 from blockwright.blocks.subblocks import Library, Option, Subblocks, find_subblocks, mean_abs, swapped, variant
-from blockwright.blocks.tuning import Feed, chain, kept_for_backward, kl_of_tokens, mean_of_real
+from blockwright.blocks.tuning import Feed, chain, cosine, kept_for_backward, kl_of_tokens, mean_of_real
 from blockwright.errors import BlockwrightError
 from blockwright.options import Count, Positive, Rate, Share
 
@@ -240,7 +240,7 @@ def distil(
     optimizer = torch.optim.AdamW([p.requires_grad_() for p in weights], lr=lr, weight_decay=0.0, betas=BETAS)
     with swapped(block.module, modules):
         for step in range(steps):
-            optimizer.param_groups[0]["lr"] = lr * (1 + math.cos(math.pi * step / steps)) / 2
+            optimizer.param_groups[0]["lr"] = lr * cosine(step, steps)
             rows = torch.randint(len(x), (batch_size,), generator=rng, device=rng.device).tolist()
             with torch.enable_grad():
                 loss = normalised_mse(block(x[rows], rows), y[rows], None if mask is None else mask[rows].to(x.device))
@@ -401,7 +401,7 @@ def heal(run: Run, feed: Feed, *, steps: int, lr: float) -> nn.Module:
         return gkd_loss(ours, theirs, mask)
 
     def before(i: int) -> None:
-        optimizer.param_groups[0]["lr"] = lr * (1 + math.cos(math.pi * i / steps)) / 2
+        optimizer.param_groups[0]["lr"] = lr * cosine(i, steps)
 
     run.curves["distillation of the whole: loss"] = run.train(loss, optimizer, steps=steps, before=before)
     return student

@@ -78,7 +78,8 @@ def folded(model, stages, journal=None, mask=None):
 
 
 def storages(model, end="q_proj.weight"):
-    return [p.data_ptr() for name, p in model.named_parameters(remove_duplicate=False) if name.endswith(end)]
+    """Of each block, with an adapter around the linear or without."""
+    return [p.data_ptr() for name, p in model.named_parameters(remove_duplicate=False) if name.replace(".base.", ".").endswith(end)]
 
 
 SHARED = dict(remove=1 / 6, group_size=2, gate_steps=10, batch_size=4)
@@ -350,9 +351,11 @@ def test_curing_brings_a_folded_model_back_towards_the_dense_one():
     dense, a, b, c = (loss_of(m, text()) for m in (trained(), hurt, cured, shared))
     assert a - dense > 0.2 and b - dense < 0.5 * (a - dense) and c - dense < 0.6 * (a - dense)
     lora = [m for m in cured.modules() if isinstance(m, LoraLinear)]
-    assert len(lora) == 5 * 7 and len({m.lora_A.data_ptr() for m in lora}) == 5 * 7  # each block its own
+    assert (
+        len(lora) == 4 * 7 and len({m.lora_A.data_ptr() for m in lora}) == 4 * 7
+    )  # each block its own, but the first, which shares nothing
     assert not any(isinstance(m, LoraLinear) for m in shared.modules())
-    assert len(set(storages(shared))) == len(set(storages(hurt))) == len(set(storages(cured, "q_proj.base.weight"))) == 3
+    assert len(set(storages(shared))) == len(set(storages(hurt))) == len(set(storages(cured, "q_proj.weight"))) == 3
 
 
 @pytest.mark.parametrize("shared", [False, True])
@@ -364,6 +367,56 @@ def test_factors_are_private_or_shared_like_the_weights(shared):
     lora = [m for m in student.modules() if isinstance(m, LoraLinear)]
     for a, b in itertools.combinations(lora, 2):
         assert (a.lora_A is b.lora_A) == (a.lora_B is b.lora_B) == (shared and a.base.weight is b.base.weight)
+
+
+@pytest.mark.parametrize("parent", ["first", "mean"])
+def test_factors_start_at_the_best_approximation_of_what_sharing_takes(parent, monkeypatch):
+    started = []
+    start = method.start_at_difference
+    monkeypatch.setattr(method, "start_at_difference", lambda model, own: (start(model, own), started.append(copy.deepcopy(model))))
+    options = dict(CURED, r=3, lora_alpha=12, parent=parent)
+    foldgpt(trained(), calibration=text(), **options)
+    bare = foldgpt(trained(), calibration=text(), **dict(options, cure_steps=0))
+    keep = folded(trained(), [(foldgpt, dict(options, cure_steps=0))]).origin
+    [student] = started
+    seen = 0
+    for i, old in enumerate(keep):
+        for name in ("self_attn.q_proj", "self_attn.v_proj", "mlp.up_proj", "mlp.down_proj"):
+            own, base = (m.get_submodule(f"model.layers.{j}.{name}").weight for m, j in ((trained(), old), (bare, i)))
+            lora = student.get_submodule(f"model.layers.{i}.{name}")
+            left = torch.linalg.svdvals(own - lora.plain_weight())
+            values = torch.linalg.svdvals(own - base)
+            if values[0] == 0:  # the weight is the block's own
+                assert not lora.lora_B.any() and lora.lora_A.abs().min() > 0
+                continue
+            seen += 1
+            assert torch.allclose(left[:-3], values[3:], atol=1e-5) and left[-3:].max() < 1e-5  # Eckart and Young
+            assert torch.linalg.matrix_norm(lora.plain_weight() - base, 2).item() == pytest.approx(values[0].item(), rel=1e-4)
+            assert torch.allclose(lora.lora_A.square().sum(1), lora.lora_B.square().sum(0), atol=1e-5)  # the two share the size alike
+    assert seen == 4 * (2 if parent == "first" else 4)
+
+
+def test_a_rank_that_suffices_gives_back_the_blocks_before_any_training():
+    options = dict(SHARED, r=32, lora_alpha=8, cure_steps=1, cure_lr=1e-30, norm_lr=1e-30)
+    deleted = foldgpt(trained(), calibration=text(), **dict(SHARED, group_size=1))
+    shared = foldgpt(trained(), calibration=text(), **options)
+    assert (logits_of(shared) - logits_of(deleted)).abs().max() <= 1e-4
+    for changes in (dict(lora_init="zeros"), dict(shared_lora=True)):  # these start at the shared weights
+        other = foldgpt(trained(), calibration=text(), **options, **changes)
+        bare = foldgpt(trained(), calibration=text(), **SHARED)
+        assert (logits_of(other) - logits_of(bare)).abs().max() <= 1e-4 < (logits_of(bare) - logits_of(deleted)).abs().max()
+
+
+def test_conv1d_factors_start_at_the_difference_too():
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=V, n_embd=32, n_layer=4, n_head=2, n_positions=24)).eval()
+    for p in model.parameters():
+        nn.init.normal_(p, 0.0, 0.1)
+    options = dict(remove=0.0, group_size=2, protect=[], r=32, cure_steps=1, cure_lr=1e-30, norm_lr=1e-30)
+    shared = foldgpt(model, calibration=text(), **options)
+    for mine, whole in zip(shared.transformer.h, model.transformer.h, strict=True):
+        for name in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"):
+            assert torch.allclose(mine.get_submodule(name).plain_weight(), whole.get_submodule(name).weight, atol=1e-5), name
 
 
 def test_the_teacher_is_the_dense_model_and_the_rates_fall_to_nothing(monkeypatch):
@@ -435,6 +488,19 @@ def test_batches_of_padded_windows_start_at_the_first_real_token():
     assert torch.equal(real, mask.flatten()[got])
 
 
+def test_the_plan_counts_what_is_stored():
+    options = dict(remove=0.25, group_size=2, gate_steps=40, ranking="gates", cure_steps=60, r=8, batch_size=2, max_seq_length=128)
+    options |= dict(gradient_checkpointing=False, shared_lora=False)
+    block = 4 * 128 * 128 + 3 * 128 * 352 + 2 * 128
+
+    def layers(**changes):
+        return method.plan(block_parameters=block, tokens=1000, **{**options, **changes})["layers"]
+
+    factors = 8 * (4 * (128 + 128) + 3 * (128 + 352))
+    assert layers() == pytest.approx(0.75 * (1 / 2 + factors / block), rel=0.01)
+    assert layers(shared_lora=True) == layers(cure_steps=0) == 0.75 / 2 and layers(group_size=1) == 0.75
+
+
 # other models, other dtypes
 
 
@@ -452,7 +518,7 @@ def test_conv1d_and_biases():
         nn.init.normal_(p, 0.0, 0.1)
     blueprint = folded(model, [(foldgpt, dict(CURED, remove=0.25, protect=[], cure_lr=1e-2))])
     small = blueprint.build()
-    assert len(set(storages(small, "c_attn.base.weight"))) == 2 and len(set(storages(small, "c_attn.base.bias"))) == 2
+    assert len(set(storages(small, "c_attn.weight"))) == 2 and len(set(storages(small, "c_attn.bias"))) == 2
     assert len(set(storages(small, "ln_1.bias"))) == 3
     merged = copy.deepcopy(small)
     for name, module in small.named_modules():
@@ -470,7 +536,7 @@ def test_other_vectors_of_a_block_stay_its_own_and_are_cured():
     )
     model = Qwen3ForCausalLM(config).eval()
     small = foldgpt(model, calibration=text(), **dict(CURED, remove=0.25, protect=[]))
-    assert len(set(storages(small, "q_norm.weight"))) == 3 and len(set(storages(small, "q_proj.base.weight"))) == 2
+    assert len(set(storages(small, "q_norm.weight"))) == 3 and len(set(storages(small, "q_proj.weight"))) == 2
     assert not torch.equal(small.model.layers[0].self_attn.q_norm.weight, model.model.layers[0].self_attn.q_norm.weight)
 
 
@@ -515,7 +581,8 @@ def test_unrolled_it_opens_in_plain_transformers(layout, packed, tmp_path, sourc
     out.mkdir()
     assert export.write(blueprint, out, source=source, layout=layout, dtype=torch.float32) == "standard"
     opens_in_transformers(out, logits_of(blueprint.build()))
-    assert export.read(out).forms == {}
+    forms = export.read(out).forms  # only the first block, which shares nothing, can stay packed
+    assert len(forms) == (7 if packed and layout == "unrolled" else 0) and all(n.startswith("model.layers.0.") for n in forms)
 
 
 def test_unrolled_conv1d_keeps_its_biases(tmp_path, source):
@@ -544,14 +611,14 @@ def test_standard_is_refused_by_name(tmp_path, source):
 def test_a_later_stage_treats_a_shared_weight_once_and_all_blocks_see_it(later, options, tmp_path, source):
     before = folded(trained(), [(foldgpt, options)])
     after = folded(trained(), [(foldgpt, options), later])
-    lora = ".base" if options is CURED else ""
     places = {}
     for name, place in after.tensors.items():
-        if f"o_proj{lora}.weight" in name and ".layers." in name:
+        if "o_proj.weight" in name.replace(".base.", ".") and ".layers." in name:
             places.setdefault(name.rpartition(".")[2], []).append(place)
     assert places and all(len(found) == 5 and len(set(found)) == 3 for found in places.values())
     a, b = before.build(), after.build()
-    for old, new in zip(a.model.layers, b.model.layers, strict=True):
+    for i, (old, new) in enumerate(zip(a.model.layers, b.model.layers, strict=True)):
+        lora = ".base" if options is CURED and i else ""
         old, new = (x.get_submodule(f"self_attn.o_proj{lora}") for x in (old, new))
         weight = new.weight if isinstance(new, nn.Linear) else new.plain_weight()
         assert not torch.equal(weight, old.weight)

@@ -3,7 +3,8 @@ neighbours among the rest use one block's weights, and repairs the result by a l
 
 Use it when depth must go: delete blocks for latency, share them for memory alone. Not without text to train on, nor where the result must
 stay close to the dense model: at the same size quantised weights lose less. FoldGPT, arXiv 2407.00928. The ranking to compare with is
-ShortGPT's block influence, arXiv 2403.03853; an adapter of its own for each block that uses shared weights is from arXiv 2410.20672.
+ShortGPT's block influence, arXiv 2403.03853; for each block that uses shared weights an adapter of its own, which starts at what sharing
+takes from it, is from arXiv 2410.20672.
 Re-measure its claim: `blockwright reproduce foldgpt`.
 """
 
@@ -78,6 +79,7 @@ def foldgpt(
     norm_lr: Rate = 1e-3,
     r: Positive = 8,
     lora_alpha: Positive = 16,
+    lora_init: Literal["svd", "zeros"] = "svd",
     shared_lora: bool = False,
     kl_weight: float = 1.0,
     temperature: Rate = 1.0,
@@ -95,7 +97,8 @@ def foldgpt(
     remove : share of the blocks to delete; their number is rounded to the nearest, halves up.
     group_size : this many consecutive blocks use one block's linear weights, stored once; 1 shares nothing. Norms stay each block's own.
         A group holds blocks of one attention type and no protected block; the last one may be smaller.
-    parent : whose weights a group uses: its first block's, its most important block's, or the mean of them all.
+    parent : whose weights a group uses: its first block's, its most important block's, or the mean of them all, from which factors that
+        start at the differences have the least to make up.
     protect : blocks, by number (-1 is the last), that are neither deleted nor shared.
     ranking : what decides which blocks go: gates trained together, or block influence (1 - cosine of a block's input and output; the
         baseline). The gates' choice is taken where the model without those blocks predicts calibration text no worse than by influence:
@@ -106,9 +109,12 @@ def foldgpt(
     cure_steps : training steps of norms and LoRA factors after deleting and sharing, such as 300 to 1000; 0: none.
     cure_lr : AdamW's learning rate for LoRA factors; it falls linearly to 0.
     norm_lr : the same for norms.
-    r : rank of the LoRA factors, on every linear. Where nothing is shared they are merged into the weights in the end.
+    r : rank of the LoRA factors, on every linear. Those of blocks that share nothing are merged into the weights in the end.
     lora_alpha : LoRA's scale is lora_alpha / r.
-    shared_lora : one pair of factors for each shared weight, merged in the end, instead of one for each block that is kept beside it.
+    lora_init : where a block's factors beside a shared weight start: at the best approximation of rank r of what the block's own weight
+        has beyond it, by singular values, so that sharing gives up only the rest; or at zero.
+    shared_lora : one pair of factors for each shared weight, which starts at zero and is merged in the end, instead of one for each block
+        that is kept beside it.
     kl_weight : weight of KL(dense || this model) beside the cross entropy.
     temperature : divides both sides' logits in that KL, which is multiplied by its square.
     tail_weight : weight of the mean squared difference of normalised hidden states after the last blocks.
@@ -126,7 +132,8 @@ def foldgpt(
     for name, weight in {"kl_weight": kl_weight, "tail_weight": tail_weight}.items():
         if not (math.isfinite(weight) and weight >= 0):
             raise BlockwrightError(f"foldgpt: {name}={weight}", allowed="0 or more", do="Try 1")
-    _check_words({"parent": (parent, ("first", "importance", "mean")), "ranking": (ranking, ("gates", "influence"))})
+    words = {"parent": (parent, ("first", "importance", "mean")), "ranking": (ranking, ("gates", "influence"))}
+    _check_words(words | {"lora_init": (lora_init, ("svd", "zeros"))})
     feed = Feed(run, batch_size, max_seq_length)
     total = layers.num_blocks(run.model.config)
     guarded = _guarded(protect, total)
@@ -150,14 +157,15 @@ def foldgpt(
             score = by_gates
     gone = _lowest(free, score, num_removed)
     keep = [i for i in range(total) if i not in gone]
-    run.model = run.model.with_layers(keep)
-    share(run, group_size=group_size, parent=parent, guarded={keep.index(i) for i in guarded}, score=[score[i] for i in keep])
+    unshared = run.model = run.model.with_layers(keep)
+    groups = share(run, group_size=group_size, parent=parent, guarded={keep.index(i) for i in guarded}, score=[score[i] for i in keep])
     if not cure_steps:
         return
 
     student = cure(
         run,
         feed,
+        unshared=unshared if lora_init == "svd" and not shared_lora else None,
         steps=cure_steps,
         lr=cure_lr,
         norm_lr=norm_lr,
@@ -170,16 +178,16 @@ def foldgpt(
         tail_layers=tail_layers,
         checkpointing=gradient_checkpointing,
     )
-    if group_size > 1 and not shared_lora:
-        run.model = _with_adapters(run, student)
-    else:
-        run.blocks(partial(_take_merged, student=student), write=True)
+    apart = set() if shared_lora else {i for g in groups if len(g) > 1 for i in g}  # blocks that keep their factors beside the weights
+    run.blocks(partial(_take, student=student, apart=apart), write=True)
+    run.model = _with_adapters(run, student, apart)
 
 
 def plan(*, block_parameters: int, tokens: int, **options: Any) -> dict[str, Any]:
     """What a run costs: fp32 copies of a block in memory, passes over the calibration text, bits of a stored weight (None: unchanged).
 
-    layers : share of the blocks that is stored in the end. resident : fp32 copies of the whole chain in memory, activations included.
+    layers : share of the blocks that is stored in the end, adapters included.
+    resident : fp32 copies of the whole chain in memory, activations included.
     """
     step = options["batch_size"] * options["max_seq_length"]
     again = 1 if options["gradient_checkpointing"] else 0
@@ -187,11 +195,14 @@ def plan(*, block_parameters: int, tokens: int, **options: Any) -> dict[str, Any
     curing = (4 + again) * options["cure_steps"]  # the teacher's forward too
     saved = kept_for_backward(block_parameters, step, checkpointing=options["gradient_checkpointing"])
     models = 2 if options["cure_steps"] else 1
+    stored = 1 / options["group_size"]
+    if options["group_size"] > 1 and options["cure_steps"] and not options["shared_lora"]:
+        stored += 19 * math.sqrt(block_parameters / 12) * options["r"] / block_parameters  # its linears' inputs and outputs: 19 widths
     return {
         "copies": 2,
         "passes": 1 + (gating + curing) * step / max(tokens, 1),
         "bits": None,
-        "layers": (1 - options["remove"]) / options["group_size"],
+        "layers": (1 - options["remove"]) * stored,
         "resident": models + saved,
     }
 
@@ -301,10 +312,10 @@ def _lowest(free: list[int], score: list[tuple[float, float]], count: int) -> li
 # sharing
 
 
-def share(run: Run, *, group_size: int, parent: str, guarded: set[int], score: list[tuple[float, float]]) -> None:
+def share(run: Run, *, group_size: int, parent: str, guarded: set[int], score: list[tuple[float, float]]) -> list[list[int]]:
     """Let the blocks of each group use one block's linear weights, by place: they are stored once. Norms stay each block's own.
 
-    score : of each block; with parent="importance" a group uses the block of the highest.
+    Returns the groups. score : of each block; with parent="importance" a group uses the block of the highest.
     Raises BlockwrightError for blocks of different shapes in a group.
     """
     groups = cut_into_groups(_types(run.model), group_size, guarded)
@@ -314,6 +325,7 @@ def share(run: Run, *, group_size: int, parent: str, guarded: set[int], score: l
     run.model = before.with_shared({child: head for head, g in heads.items() for child in g if child != head}, lambda name: name in own)
     if parent == "mean" and group_size > 1:
         run.blocks(partial(_take_mean, before=before, groups=heads, own=own), write=True)
+    return groups
 
 
 def cut_into_groups(types: list[str], size: int, guarded: set[int]) -> list[list[int]]:
@@ -353,6 +365,7 @@ def cure(
     run: Run,
     feed: Feed,
     *,
+    unshared: Blueprint | None,
     steps: int,
     lr: float,
     norm_lr: float,
@@ -365,10 +378,15 @@ def cure(
     tail_layers: int,
     checkpointing: bool = False,
 ) -> nn.Module:
-    """The model as it stands, resident, with trained norms and LoRA factors; the teacher is the model as it entered the stage."""
+    """The model as it stands, resident, with trained norms and LoRA factors; the teacher is the model as it entered the stage.
+
+    unshared : the model before its blocks shared weights, where the factors start; None: they start at zero.
+    """
     teacher = run.entered.build(device=run.device, dtype=torch.float32)
     student = run.model.build(device=run.device, dtype=torch.float32)
     factors = add_lora(run, student, r=r, lora_alpha=lora_alpha, shared=shared_lora)
+    if unshared is not None:
+        start_at_difference(student, unshared)
     norms = [p.requires_grad_() for p in block_vectors(student).values()]
     watched = (chain(teacher), chain(student, checkpointing=checkpointing))
 
@@ -390,6 +408,33 @@ def cure(
 
     run.curves["curing: loss"] = run.train(loss, optimizer, steps=steps, before=before)
     return student
+
+
+@torch.no_grad()
+def start_at_difference(model: nn.Module, unshared: Blueprint) -> None:
+    """Let each pair of LoRA factors be the best approximation of rank r of what the linear's weight in `unshared` has beyond its base.
+
+    Both factors take the roots of the singular values (arXiv 2410.20672). A pair whose base is that weight already stays as it is. By the
+    eigenvectors of the smaller Gram matrix, in fp64.
+    """
+    for name, module in model.named_modules():
+        if not isinstance(module, LoraLinear):
+            continue
+        own = unshared.tensors.read([f"{name}.weight"])[f"{name}.weight"]
+        change_NK = (own.to(module.lora_A) - module.base.weight).double()
+        if not change_NK.any():
+            continue
+        change_NK = change_NK.T if module.transposed else change_NK
+        wide = change_NK.shape[0] < change_NK.shape[1]
+        tall = change_NK.T if wide else change_NK
+        right = torch.linalg.eigh(tall.T @ tall).eigenvectors[:, -module.r :]
+        left = tall @ right  # its columns are as long as the singular values
+        root = left.norm(dim=0).sqrt().clamp(min=torch.finfo(torch.float32).tiny)
+        b, a = left / root, right * root
+        a, b = (b, a) if wide else (a, b)
+        scale = (module.r / module.lora_alpha) ** 0.5
+        module.lora_A[: len(root)] = scale * a.T
+        module.lora_B[:, : len(root)] = scale * b
 
 
 def distillation(
@@ -427,35 +472,33 @@ def tail_distance(h: Float[Tensor, "b T d"], target: Float[Tensor, "b T d"], mas
     return mean_of_real((rms_norm(h, size) - rms_norm(target, size)).square().mean(-1), mask)
 
 
-def _with_adapters(run: Run, student: nn.Module) -> Blueprint:
-    """The model with the student's norms and, around every linear, its LoRA factors; the linears' own tensors stay in their places."""
-    model, forms = run.model, dict(run.model.forms)
-    removed, added, memory = [], {}, {}
-
-    def keep(name: str, value: Tensor, like: str) -> None:
-        layers.check_finite(value.detach(), name)
-        place = Place(None, f"{run.stage}:{name}")
-        added[name], memory[place.name] = place, value.detach().to(model.tensors.facts(like).dtype, copy=True)
-
-    for name, module in student.named_modules():
-        if isinstance(module, LoraLinear):
-            forms[name] = model.forms.get(name, {}) | module.form()  # a size of its own stays
-            for old in [f"{name}.{n}" for n, _ in module.base.named_parameters()]:
-                removed.append(old)
-                added[f"{name}.base{old.removeprefix(name)}"] = model.tensors[old]
-            keep(f"{name}.lora_A", module.lora_A, f"{name}.weight")
-            keep(f"{name}.lora_B", module.lora_B, f"{name}.weight")
-    for name, norm in block_vectors(student).items():
-        keep(name, norm, name)
-    return model.edited(tensors=model.tensors.replaced(removed, added, memory), forms=forms)
-
-
-def _take_merged(block: Block, x: Tensor | None, y: Tensor | None, rng: torch.Generator, *, student: nn.Module) -> None:
-    """The student's norms, and its factors merged into the linears."""
-    merge(block, student)
+def _take(block: Block, x: Tensor | None, y: Tensor | None, rng: torch.Generator, *, student: nn.Module, apart: set[int]) -> None:
+    """The student's norms and, in blocks that share nothing with others, its factors merged into the linears."""
+    if block.index not in apart:
+        merge(block, student)
     for name, norm in block_vectors(student).items():
         if name.startswith(block.name + "."):
             block.module.get_parameter(name.removeprefix(block.name + ".")).copy_(norm.detach())
+
+
+def _with_adapters(run: Run, student: nn.Module, apart: set[int]) -> Blueprint:
+    """The model with the student's LoRA factors around the linears of the blocks `apart`, whose own tensors stay in their places."""
+    model, forms = run.model, dict(run.model.forms)
+    removed, added, memory = [], {}, {}
+    for i, block in enumerate(chain(student)):
+        for inner, module in block.named_modules() if i in apart else ():
+            if isinstance(module, LoraLinear):
+                name = f"{layers.chain_path(student)}.{i}.{inner}"
+                forms[name] = model.forms.get(name, {}) | module.form()  # a size of its own stays
+                dtype = model.tensors.facts(f"{name}.weight").dtype
+                for old in [f"{name}.{n}" for n, _ in module.base.named_parameters()]:
+                    removed.append(old)
+                    added[f"{name}.base{old.removeprefix(name)}"] = model.tensors[old]
+                for key, value in {"lora_A": module.lora_A.detach(), "lora_B": module.lora_B.detach()}.items():
+                    layers.check_finite(value, f"{name}.{key}")
+                    place = added[f"{name}.{key}"] = Place(None, f"{run.stage}:{name}.{key}")
+                    memory[place.name] = value.to(dtype, copy=True)
+    return model.edited(tensors=model.tensors.replaced(removed, added, memory), forms=forms)
 
 
 # the parts of a model, the options

@@ -1,6 +1,8 @@
 """What is written in the standard layout opens in plain transformers with the same logits, and nothing else opens there at all."""
 
+import itertools
 import json
+from functools import partial
 
 import pytest
 import torch
@@ -22,13 +24,14 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
+from blockwright.blocks.embedding import pack_embedding
 from blockwright.blocks.layers import Blueprint
+from blockwright.blocks.low_rank import LowRankLinear
 from blockwright.blocks.packed import PackedLinear
-from blockwright.blocks.parameters import Place
+from blockwright.blocks.parameters import DTYPES, Facts, Place
 from blockwright.blocks.run import Run
 from blockwright.errors import BlockwrightError
 from blockwright.recipes import export
-from blockwright.recipes.execute import pack_embedding
 from blockwright.recipes.load import load
 
 IDS = torch.randint(0, 50, (3, 11), generator=torch.Generator().manual_seed(0))
@@ -183,6 +186,7 @@ def test_a_model_of_several_files_opens_in_both(models, tmp_path, monkeypatch):
     files = sorted(p.name for p in (tmp_path / "s").glob("*.safetensors"))
     assert len(files) > 2 and files[0] == f"model-00001-of-{len(files):05d}.safetensors" and set(index["weight_map"].values()) == set(files)
     assert index["metadata"]["total_size"] == export.predicted_bytes(blueprint, torch.float32)
+    assert export.file_bytes(blueprint, torch.float32) == on_disk(tmp_path / "s")
     for file in files:
         assert (tmp_path / "s" / file).stat().st_size < 40_000 + 5_000 or len(load_file(tmp_path / "s" / file)) == 1
     plain, info = AutoModelForCausalLM.from_pretrained(tmp_path / "s", output_loading_info=True)
@@ -242,6 +246,10 @@ def test_the_quantization_config_says_what_each_linear_is(opened, name):
 # what is stored
 
 
+def on_disk(folder):
+    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+
+
 def stored(folder):
     found = {}
     for path in folder.glob("*.safetensors"):
@@ -255,8 +263,10 @@ def test_bytes_are_predicted_exactly(opened, models, name):
     folder, _, _ = opened
     model, stages, options = (STANDARD if name.startswith("standard") else OWN)[name.partition("/")[2]]
     tensors = stored(folder / name)
-    predicted = export.predicted_bytes(treated(models[model], stages), torch.float32, **options)
+    blueprint = treated(models[model], stages)
+    predicted = export.predicted_bytes(blueprint, torch.float32, **options)
     assert predicted == sum(t.numel() * t.element_size() for t in tensors.values())
+    assert export.file_bytes(blueprint, torch.float32, **options) == on_disk(folder / name)
 
 
 @settings(max_examples=15, deadline=None)
@@ -280,11 +290,56 @@ def test_bytes_are_predicted_exactly_and_logits_kept_whatever_is_combined(
     blueprint = treated(models[model], stages + [embedding] * (embedding is not None))
     export.write(blueprint, folder, source=models[model], dtype=dtype, layout=layout)
     assert export.predicted_bytes(blueprint, dtype, layout) == sum(t.numel() * t.element_size() for t in stored(folder).values())
+    assert export.file_bytes(blueprint, dtype, layout) == on_disk(folder)
     expected = logits(blueprint.build(dtype=torch.float32))
     ours = logits(load(folder, dtype=torch.float32, fast=False, check=False))
     assert (ours - expected).abs().max() <= {torch.float32: 1e-5, torch.float16: 0.01, torch.bfloat16: 0.05}[dtype] * expected.abs().max()
     again = export.read(folder)
     assert again.origin == blueprint.origin and again.tensors.keys() == again.skeleton().state_dict().keys()
+
+
+def test_bytes_of_files_with_low_rank_factors_some_of_them_packed_whatever_the_layout(models, tmp_path):
+    def low_rank(block, x, y, rng):
+        for name, linear in block.linears().items():
+            if ".self_attn." in name:
+                n, k = linear.weight.shape
+                block.swap(name, LowRankLinear.of(linear, torch.ones(5, k), torch.ones(n, 5)))
+        return {}
+
+    run = Run(Blueprint.of_folder(models["qwen"]))
+    run.begin("low rank")
+    run.blocks(low_rank, write=True)
+    for stage, options in ((None, {}), (GRID, {"bits": 4, "group_size": 16})):
+        if stage:
+            run.begin("grid")
+            stage(run, **options)
+        for layout in ("auto", "dense"):
+            folder = tmp_path / f"{layout}{stage is None}"
+            folder.mkdir()
+            export.write(run.model, folder, source=models["qwen"], layout=layout)
+            assert export.file_bytes(run.model, layout=layout) == on_disk(folder)
+
+
+@given(
+    tensors=st.dictionaries(
+        st.one_of(st.text(max_size=8), st.sampled_from([f"layers.{i}.w" for i in (1, 2, 9, 10, 11, 99, 100)])),
+        st.tuples(st.sampled_from(list(DTYPES.values())), st.lists(st.integers(0, 11), max_size=3).map(tuple)),
+        max_size=9,
+    ),
+    most=st.integers(0, 2000),
+)
+@settings(max_examples=200, deadline=None)
+def test_bytes_of_files_are_those_that_the_safetensors_package_writes(tmp_path_factory, tensors, most):
+    entries = {name: export.Entry(Facts(*facts), partial(torch.zeros, facts[1], dtype=facts[0])) for name, facts in tensors.items()}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(export, "SHARD_BYTES", most)
+        shards = [{name: entry.facts for name, entry in shard.items()} for shard in export.shards_of(entries)]
+        folder = tmp_path_factory.mktemp("any")
+        export.write_shards(folder, "model", entries)
+    assert [export._shard_bytes(shard) for shard in shards] == [path.stat().st_size for path in sorted(folder.glob("*.safetensors"))]
+    sizes = [[facts.nbytes for facts in shard.values()] for shard in shards]
+    assert all(sum(size) <= most or len(size) == 1 for size in sizes)
+    assert all(sum(size) + after[0] > most for size, after in itertools.pairwise(sizes))
 
 
 def test_what_is_tied_or_shared_is_stored_once(opened):

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from blockwright.blocks import binaries
 from blockwright.errors import BlockwrightError
 
 
@@ -42,8 +43,7 @@ def choose(costs: Sequence[Sequence[float]], sizes: Sequence[Sequence[int]], bud
         raise BlockwrightError(f"choose: gap={gap}", allowed="a share >= 0")
     exact, limit = _checked(costs, sizes, budget)
     smallest = [min(block) for block in exact]
-    room = limit - sum(smallest)
-    if room < 0:
+    if sum(smallest) > limit:
         raise BlockwrightError(
             f"budget={budget}: the smallest options of all blocks together need {sum(smallest)}",
             allowed=f"at least {sum(smallest)}",
@@ -51,12 +51,13 @@ def choose(costs: Sequence[Sequence[float]], sizes: Sequence[Sequence[int]], bud
         )
     if not costs:
         return Choice((), 0.0, 0, 0.0)
-    extra = [[cost - min(block) for cost in block] for block in costs]
-    above = [[size - least for size in block] for block, least in zip(exact, smallest, strict=True)]
-    picks, missing = _solve(extra, above, room, gap)
+    options = [binaries.undominated(list(zip(size, cost, strict=True))) for size, cost in zip(exact, costs, strict=True)]
+    found = _least(costs, options, [(exact, limit)], gap=gap)
+    assert found is not None  # the smallest options of all blocks fit
+    picks, missing = found
     cost = math.fsum(block[i] for block, i in zip(costs, picks, strict=True))
     size = sum(block[i] for block, i in zip(exact, picks, strict=True))
-    return Choice(tuple(picks), cost, size, missing)
+    return Choice(picks, cost, size, missing)
 
 
 def choose_within(
@@ -80,16 +81,15 @@ def choose_within(
         raise BlockwrightError(f"choose_within: alike={alike}", allowed="0 to 1")
     if not costs:
         return ()
-    where = [(b, i) for b, block in enumerate(costs) for i in range(len(block))]
-    at = {place: k for k, place in enumerate(where)}
-    agree = [(tuple(at[b, i] for b, i in enumerate(picks)), math.floor(alike * len(costs))) for picks in unlike]
-    picks = _pick(where, costs, checked, agree)
-    if picks is not None:
-        return picks
+    options = [range(len(block)) for block in costs]
+    agree = [(picks, math.floor(alike * len(costs))) for picks in unlike]
+    found = _least(costs, options, checked, agree)
+    if found is not None:
+        return found[0]
     needed = []
     for k, (sizes, _) in enumerate(checked):
-        best = _pick(where, sizes, checked[:k] + checked[k + 1 :], agree)
-        needed.append("none" if best is None else str(sum(sizes[b][i] for b, i in enumerate(best))))
+        best = _least(sizes, options, checked[:k] + checked[k + 1 :], agree)
+        needed.append("none" if best is None else str(sum(sizes[b][i] for b, i in enumerate(best[0]))))
     raise BlockwrightError(
         f"budgets={[limit for _, limit in checked]}: no choice keeps them all" + (" and is unlike the earlier ones" if agree else ""),
         allowed=f"with the others as they are, at least {', '.join(needed)}",
@@ -97,45 +97,33 @@ def choose_within(
     )
 
 
-def _pick(
-    where: list[tuple[int, int]],
-    costs: Sequence[Sequence[float]] | Sequence[Sequence[int]],
-    limits: Sequence[tuple[list[list[int]], int]],
-    agree: list[tuple[tuple[int, ...], int]],
-) -> tuple[int, ...] | None:
-    """The picks of least cost within the limits, None where there are none. agree : variables of which at most so many may be 1.
+def _least(
+    costs: Sequence[Sequence[binaries.Number]],
+    options: Sequence[Sequence[int]],
+    limits: Sequence[tuple[Sequence[Sequence[int]], int]],
+    agree: Sequence[tuple[Sequence[int], int]] = (),
+    gap: float = 0.0,
+) -> tuple[tuple[int, ...], float] | None:
+    """The picks of least cost among these options of each block, and how far below it the best may lie; None where there are none.
 
-    HiGHS keeps a limit to its tolerance only: a choice that is over one in integers is cut off, and the rest is solved again.
+    agree : picks, and in how many blocks the new ones may agree with them at most.
     """
-    from scipy.optimize import Bounds, LinearConstraint, milp
+    from scipy.optimize import LinearConstraint
     from scipy.sparse import csr_array
 
-    n, agree = len(where), list(agree)
-    one_each = csr_array((np.ones(n), ([b for b, _ in where], np.arange(n))), shape=(len(costs), n))
-    cost = np.array([costs[b][i] for b, i in where], dtype=float)
-    rows, most = [], []
-    for sizes, limit in limits:
-        row = [sizes[b][i] for b, i in where]
-        scale = _scale(float(max(row)), 10) if max(row) else 1.0
-        rows.append([size * scale for size in row])
-        most.append(min(limit, sum(row)) * scale)
-    while True:
-        cuts = [[float(k in set(together)) for k in range(n)] for together, _ in agree]
-        at_most = LinearConstraint(np.array([*rows, *cuts]).reshape(-1, n), -np.inf, [*most, *(count for _, count in agree)])
-        solution = milp(
-            cost * _scale(float(np.abs(cost).max()) or 1.0, 20),
-            integrality=np.ones(n),
-            bounds=Bounds(0, 1),
-            constraints=[LinearConstraint(one_each, 1, 1), *([at_most] if rows or cuts else [])],
-            options={"mip_rel_gap": 0.0},
-        )
-        if solution.x is None:
-            return None
-        chosen = [k for k, value in enumerate(solution.x) if value > 0.5]
-        picks = tuple(where[k][1] for k in chosen)
-        if all(sum(sizes[b][i] for b, i in enumerate(picks)) <= limit for sizes, limit in limits):
-            return picks
-        agree.append((tuple(chosen), len(costs) - 1))
+    where = [(b, i) for b, block in enumerate(options) for i in block]
+    blocks = [b for b, _ in where]
+
+    def above(values: Sequence[Sequence[Any]]) -> list[Any]:  # the least of each block
+        least = [min(block) for block in values]
+        return [values[b][i] - least[b] for b, i in where]
+
+    one_each = csr_array((np.ones(len(where)), (blocks, np.arange(len(where)))), shape=(len(costs), len(where)))
+    structure = [LinearConstraint(one_each, 1, 1)]
+    structure += [LinearConstraint(np.array([float(picks[b] == i) for b, i in where]), -np.inf, most) for picks, most in agree]
+    rooms = [(above(sizes), limit - sum(min(block) for block in sizes)) for sizes, limit in limits]
+    found = binaries.least(above(costs), rooms, structure, blocks, gap=gap)
+    return found and (tuple(where[v][1] for v in found[0]), found[1])
 
 
 def allocate(
@@ -211,77 +199,3 @@ def _checked(costs: Sequence[Sequence[float]], sizes: Sequence[Sequence[int]], b
     if any(v < 0 for block in exact for v in block):
         raise BlockwrightError("choose: a size is negative", allowed="integers >= 0")
     return exact, limit
-
-
-def _undominated(costs: Sequence[float], sizes: Sequence[int]) -> list[int]:
-    """The options of a block that no other equals or beats in both cost and size, from the smallest to the largest."""
-    kept: list[int] = []
-    for i in sorted(range(len(costs)), key=lambda i: (sizes[i], costs[i])):
-        if not kept or costs[i] < costs[kept[-1]]:
-            kept.append(i)
-    return kept
-
-
-def _solve(costs: list[list[float]], sizes: list[list[int]], room: int, gap: float) -> tuple[list[int], float]:
-    """The picks of least total cost with total size <= room, and how much less the best could cost.
-
-    costs, sizes : above those of each block's cheapest and smallest option.
-
-    HiGHS works with tolerances (1e-6 on total cost, rows and integers), and fails on numbers above 1e9, so three things are done. Costs and
-    sizes are scaled by powers of two; costs again where a first solution shows that the largest of them cannot be part of the best. And a
-    choice that is over the budget by no more than the tolerance is cut off, together with all those that are as large in every block.
-    """
-    options = [_undominated(c, s) for c, s in zip(costs, sizes, strict=True)]
-    unit = math.gcd(*(size for block in sizes for size in block)) or 1
-    too_large: list[list[int]] = []  # the sizes of choices that were cut off
-    while True:
-        where = [(b, i) for b, block in enumerate(options) for i in block]
-        largest = max(costs[b][i] for b, i in where)
-        scale = _scale(largest, 20)
-        solution = _milp(
-            [costs[b][i] * scale for b, i in where],
-            [b for b, _ in where],
-            [sizes[b][i] // unit for b, i in where],
-            room // unit,
-            [[sizes[b][i] >= least[b] for b, i in where] for least in too_large],
-            gap,
-        )
-        value = dict(zip(where, solution.x, strict=True))
-        picks = [max((value[b, i], i) for i in block)[1] for b, block in enumerate(options)]
-        picked = [sizes[b][i] for b, i in enumerate(picks)]
-        if sum(picked) > room:
-            too_large.append(picked)
-            continue
-        cost = math.fsum(costs[b][i] for b, i in enumerate(picks))
-        useful = [[i for i in block if costs[b][i] <= cost] for b, block in enumerate(options)]
-        if max(costs[b][i] for b, block in enumerate(useful) for i in block) < largest / 1024:
-            options = useful
-            continue
-        missing = cost - solution.mip_dual_bound / scale
-        return picks, missing if missing * scale > 2e-6 else 0.0
-
-
-def _milp(costs: list[float], blocks: list[int], sizes: list[int], room: int, cuts: list[list[bool]], gap: float) -> Any:
-    """One option of each block, total size <= room, and of each cut not in all blocks: the least total cost, by HiGHS."""
-    from scipy.optimize import Bounds, LinearConstraint, milp
-    from scipy.sparse import csr_array
-
-    n, num_blocks = len(costs), blocks[-1] + 1
-    one_each = csr_array((np.ones(n), (blocks, np.arange(n))), shape=(num_blocks, n))
-    scale = _scale(float(max(sizes)), 10)
-    at_most = np.array([[size * scale for size in sizes], *cuts], dtype=float)
-    limits = [min(room, sum(sizes)) * scale, *[num_blocks - 1] * len(cuts)]
-    solution = milp(
-        costs,
-        integrality=np.ones(n),
-        bounds=Bounds(0, 1),
-        constraints=[LinearConstraint(one_each, 1, 1), LinearConstraint(at_most, -np.inf, limits)],
-        options={"mip_rel_gap": gap},
-    )
-    assert solution.x is not None, solution.message  # the smallest options of all blocks always fit
-    return solution
-
-
-def _scale(largest: float, exponent: int) -> float:
-    """The power of two that brings `largest` below 2**exponent, so that no digit is lost."""
-    return math.ldexp(1.0, exponent - math.frexp(largest)[1])

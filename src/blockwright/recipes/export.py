@@ -7,18 +7,18 @@ import copy
 import json
 import shutil
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from blockwright.blocks import layers
 from blockwright.blocks.layers import Blueprint
-from blockwright.blocks.parameters import Facts, Place, Tensors
+from blockwright.blocks.parameters import DTYPES, Facts, Place, Tensors
 from blockwright.compress import dgq
 from blockwright.errors import BlockwrightError
 from blockwright.recipes.whole import whole
@@ -27,6 +27,7 @@ from blockwright.recipes.zero_points import integer_zero_points
 FORMAT = 1
 OWN_STEM, STANDARD_STEM = "blockwright", "model"  # plain transformers finds no weights in an own-layout folder: it cannot open it wrongly
 SHARD_BYTES = 256 * 2**20
+METADATA = {"format": "pt"}  # in the header of each file; older transformers refuse files without it
 WIDTHS = ("intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size")  # what config.json calls the width of a feed-forward layer
 SIDE_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "vocab.json", "merges.txt",
@@ -117,6 +118,13 @@ def predicted_bytes(model: Blueprint, dtype: torch.dtype = torch.bfloat16, layou
     """Bytes of all tensors as `write` will store them."""
     model, forms, copies = laid_out(model, layout)
     return sum(entry.facts.nbytes for entry in entries_of(model, forms, dtype, copies=copies).values())
+
+
+def file_bytes(model: Blueprint, dtype: torch.dtype = torch.bfloat16, layout: str = "auto") -> int:
+    """Bytes of the .safetensors files that `write` makes, headers included; exact, from names, dtypes and shapes alone."""
+    model, forms, copies = laid_out(model, layout)
+    shards = shards_of(entries_of(model, forms, dtype, copies=copies))
+    return sum(_shard_bytes({name: entry.facts for name, entry in shard.items()}) for shard in shards)
 
 
 def read(folder: Path) -> Blueprint:
@@ -325,20 +333,52 @@ def write_beside(folder: Path, config: dict[str, Any], source: Path) -> None:
             shutil.copyfile(source / name, folder / name)
 
 
+def shards_of(entries: dict[str, Entry]) -> list[dict[str, Entry]]:
+    """The entries of each file, in order: tensors of at most SHARD_BYTES together, or a single larger one."""
+    shards: list[dict[str, Entry]] = [{}]
+    size = 0
+    for name, entry in entries.items():
+        if shards[-1] and size + entry.facts.nbytes > SHARD_BYTES:
+            shards.append({})
+            size = 0
+        shards[-1][name] = entry
+        size += entry.facts.nbytes
+    return shards
+
+
 def write_shards(folder: Path, stem: str, entries: dict[str, Entry]) -> None:
     """One safetensors file, or several of at most SHARD_BYTES with an index."""
-    shards: list[dict[str, Entry]] = [{}]
-    for name, entry in entries.items():
-        if shards[-1] and sum(e.facts.nbytes for e in shards[-1].values()) + entry.facts.nbytes > SHARD_BYTES:
-            shards.append({})
-        shards[-1][name] = entry
+    shards = shards_of(entries)
     names = [f"{stem}-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
     if len(shards) == 1:
         names = [f"{stem}.safetensors"]
     for name, shard in zip(names, shards, strict=True):
-        save_file({n: entry.read() for n, entry in shard.items()}, folder / name, metadata={"format": "pt"})
+        save_file({n: entry.read() for n, entry in shard.items()}, folder / name, metadata=METADATA)
     if len(shards) > 1:
         total = sum(e.facts.nbytes for e in entries.values())
         weight_map = {n: name for name, shard in zip(names, shards, strict=True) for n in shard}
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         (folder / f"{stem}.safetensors.index.json").write_text(json.dumps(index, indent=1) + "\n")
+
+
+def _shard_bytes(tensors: dict[str, Facts]) -> int:
+    """Bytes of a safetensors file of these tensors: the header's length, the header as JSON filled up to 8, the tensors themselves.
+
+    The offsets in the header, and with them its length, depend on the order of the tensors: by dtype, then by name.
+    """
+    rank = {name: i for i, name in enumerate(_dtypes_in_order())}
+    called = {dtype: name for name, dtype in DTYPES.items()}
+    header: dict[str, Any] = {"__metadata__": METADATA}
+    size = 0
+    for name, facts in sorted(tensors.items(), key=lambda item: (rank[called[item[1].dtype]], item[0])):
+        header[name] = {"dtype": called[facts.dtype], "shape": facts.shape, "data_offsets": [size, size + facts.nbytes]}
+        size += facts.nbytes
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    return 8 + -(-len(text) // 8) * 8 + size
+
+
+@cache
+def _dtypes_in_order() -> list[str]:
+    """DTYPES in the order in which the safetensors package writes them: the order is its own affair, so it is asked."""
+    written = save({name: torch.zeros(1, dtype=dtype, device="cpu") for name, dtype in DTYPES.items()})
+    return list(json.loads(written[8 : 8 + int.from_bytes(written[:8], "little")]))

@@ -22,6 +22,7 @@ STAGES = [m for m in METHODS if m.card["kind"] == "stage"]
 LONG = ("iters", "steps", "cycles", "epochs")  # options that only cost time end so: 2 is enough here
 every_method = pytest.mark.parametrize("m", METHODS, ids=lambda m: m.slug)
 every_stage = pytest.mark.parametrize("m", STAGES, ids=lambda m: m.slug)
+every_learning_stage = pytest.mark.parametrize("m", [m for m in STAGES if "calibration" in m.card["needs"]], ids=lambda m: m.slug)
 every_file = pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT / "src" / "blockwright")))
 
 
@@ -125,10 +126,13 @@ def small_model():
     return LlamaForCausalLM(config).eval()
 
 
-def treated(m, model, seed=0):
-    ids = torch.randint(0, 80, (6, 12), generator=torch.Generator().manual_seed(1))
+def text():
+    return torch.randint(0, 80, (6, 12), generator=torch.Generator().manual_seed(1))
+
+
+def treated(m, model, seed=0, **padded):
     options = {o.name: 2 for o in m.options if o.name.endswith(LONG)}
-    return m.load()(model, calibration=ids if m.card["needs"] else None, seed=seed, **options)
+    return m.load()(model, seed=seed, **({"calibration": text() if m.card["needs"] else None} | padded), **options)
 
 
 @every_stage
@@ -147,6 +151,14 @@ def test_same_seed_same_bits_and_the_input_stays(m):
     logits = first(ids).logits
     assert logits.shape == (1, 9, 80) and bool(torch.isfinite(logits).all())
     assert any(k not in before or not torch.equal(before[k], a[k]) for k in a) or len(a) < len(before)  # it did something
+
+
+@every_learning_stage
+def test_what_padding_holds_does_not_matter(m):
+    model, ids, mask = small_model(), text(), torch.ones(6, 12, dtype=torch.int64)
+    mask[1, :5] = mask[4, 9:] = 0
+    a, b = (treated(m, model, calibration=t, mask=mask).state_dict() for t in (ids, torch.where(mask == 0, 79 - ids, ids)))
+    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
 @every_stage

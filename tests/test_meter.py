@@ -24,6 +24,32 @@ def test_importing_the_meter_does_not_import_torch():
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"
 
 
+@pytest.mark.parametrize(
+    "files, own, limit",
+    [
+        ({"memory.max": "max\n"}, "0::/\n", None),
+        ({"memory.max": "123456\n"}, "0::/\n", 123456),
+        ({"a/b/memory.max": "max\n", "a/memory.max": "700\n", "memory.max": "900\n", "c/memory.max": "1\n"}, "0::/a/b\n", 700),
+        ({"memory/memory.limit_in_bytes": "5000\n", "memory.max": "1\n"}, "7:cpu,cpuacct:/x\n4:memory:/docker/gone\n", 5000),
+        ({"memory/memory.limit_in_bytes": "9223372036854771712\n", "memory/x/memory.limit_in_bytes": "42\n"}, "4:cpu,memory:/x\n", 42),
+        ({"memory.max": "damaged\n"}, "0::/\n", None),
+        ({}, "", None),
+        ({"memory.max": "1\n"}, None, None),  # no such system
+    ],
+)
+def test_the_limit_is_the_least_of_the_control_groups_around(files, own, limit, tmp_path):
+    for name, text in files.items():
+        (tmp_path / "groups" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "groups" / name).write_text(text)
+    if own is not None:
+        (tmp_path / "own").write_text(own)
+    assert meter.memory_limit(tmp_path / "groups", tmp_path / "own") == (limit or sys.maxsize)
+
+
+def test_this_process_may_use_what_it_uses():
+    assert meter.memory_limit() > meter.high_water()
+
+
 # time
 
 

@@ -165,6 +165,24 @@ def high_water() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
+def memory_limit(groups: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> int:
+    """Bytes of memory that the control groups of this process allow it, such as a container's; sys.maxsize where nothing limits it.
+
+    groups : where the system shows them, of version 1 or 2. own : the file that says which this process is in.
+    """
+    found = [sys.maxsize]
+    for line in own.read_text().splitlines() if own.is_file() else ():
+        _, kinds, group = line.split(":", 2)
+        if kinds and "memory" not in kinds.split(","):
+            continue
+        top, name = (groups / "memory", "memory.limit_in_bytes") if kinds else (groups, "memory.max")
+        inner = top / group.lstrip("/")
+        for path in (folder / name for folder in (inner, *inner.parents) if folder.is_relative_to(top)):  # a group around it limits it too
+            limit = path.read_text().strip() if path.is_file() else "max"
+            found += [int(limit)] if limit.isdigit() else []
+    return min(found)
+
+
 def flops(fn: Callable[[], Any]) -> int:
     """Floating-point operations of the matrix multiplications, convolutions and attentions in a call (a multiply-add is two)."""
     from torch.utils.flop_counter import FlopCounterMode

@@ -98,9 +98,7 @@ def test_a_folder_gives_the_bits_that_transformers_gives(name, tmp_path):
     saved(tiny.model(name), tmp_path)
     theirs = t.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
     if name == "deepseek":  # its files hold each expert alone, and the model holds them stacked
-        with pytest.raises(
-            BlockwrightError, match=r"config\.json asks for tensor model\.layers\.1\.mlp\.experts\.\w+ .*, which the weights"
-        ):
+        with pytest.raises(BlockwrightError, match=r"model\.layers\.1\.mlp\.experts\.\w+ lies in parts in its files"):
             Blueprint.of_folder(tmp_path)
         return
     mine = Blueprint.of_folder(tmp_path).build()
@@ -303,6 +301,19 @@ def test_a_base_models_extra_block_is_refused_too(tmp_path):
         Blueprint.of_folder(tmp_path)
 
 
+@pytest.mark.parametrize("cls, own", [(t.MixtralConfig, {}), (t.Qwen3MoeConfig, {"moe_intermediate_size": 8, "head_dim": 8})])
+def test_experts_that_lie_in_parts_are_told_and_other_missing_tensors_as_ever(cls, own, tmp_path):
+    config = cls(**tiny.COMMON, **tiny.GQA, num_local_experts=2, num_experts_per_tok=1, **own)
+    saved(t.AutoModelForCausalLM.from_config(config), tmp_path / "parts")
+    said = r"layers\.0\.mlp\.experts\.gate_up_proj lies in parts in its files \(.*experts\.0\..*weight, \.\.\.\).*in memory, in Python"
+    with pytest.raises(BlockwrightError, match=said):
+        Blueprint.of_folder(tmp_path / "parts")
+    tensors = {n: v for n, v in load_file(tmp_path / "parts" / "model.safetensors").items() if ".experts." not in n}
+    save_file(tensors, tmp_path / "parts" / "model.safetensors")
+    with pytest.raises(BlockwrightError, match=r"experts\.gate_up_proj \(.*\), which the weights lack"):
+        Blueprint.of_folder(tmp_path / "parts")
+
+
 def test_two_equal_copies_of_a_tied_tensor_are_one(tmp_path):
     model = tiny.model("llama-tied")
     saved(model, tmp_path)
@@ -429,6 +440,47 @@ def test_modules_are_chosen_by_class_name_end_or_pattern(targets, ignore, chosen
     a = nn.ModuleDict({"q_proj": nn.Linear(2, 2), "out": nn.Linear(2, 2), "norm": nn.LayerNorm(2)})
     root = nn.ModuleDict({"a": a, "b": nn.ModuleDict({"q_proj": nn.Linear(2, 2)}), "lm_head": nn.Linear(2, 2)})
     assert {n for n, m in root.named_modules() if layers.selected(n, m, targets, ignore)} == chosen
+
+
+class OnlyCalled(nn.Module):
+    """A linear that hides its weight: what any form is to the modules around it."""
+
+    def __init__(self, linear):
+        super().__init__()
+        self.hidden = [linear]
+
+    def forward(self, x):
+        return self.hidden[0](x)
+
+
+@pytest.mark.parametrize("name", [*CAUSAL, "mamba", "falcon-mamba", "jamba", "rwkv"])
+def test_a_linear_is_fixed_exactly_where_the_model_cannot_do_without_its_weight(name):
+    model, x = tiny.model(name), tiny.ids()
+    want = tiny.logits(copy.deepcopy(model), x)  # a copy: RWKV scales its weights at the first call
+    skeleton = layers.block_linears(layers.skeleton(model.config))
+    assert skeleton.keys() == layers.block_linears(model).keys()
+    for full, linear in skeleton.items():
+        changed = copy.deepcopy(model)
+        layers.swap(changed, full, OnlyCalled(changed.get_submodule(full)))
+        try:
+            assert torch.equal(tiny.logits(changed, x), want)
+            free = True
+        except AttributeError:
+            free = False
+        assert layers.fixed(linear) is not free, full
+
+
+def test_a_fixed_linear_is_refused_by_name_unless_it_is_ignored():
+    model = tiny.model("mamba")
+    linears = layers.block_linears(layers.skeleton(model.config))
+    said = r"backbone\.layers\.0\.mixer\.dt_proj: the model uses its weight .* Leave it as it is: `ignore: \[dt_proj\]`"
+    with pytest.raises(BlockwrightError, match=said):
+        layers.targeted(linears, ["Linear"], [])
+    ends = {n.rpartition(".")[2] for n in layers.targeted(linears, ["Linear"], ["dt_proj"])}
+    assert ends == {"in_proj", "x_proj", "out_proj"}
+    rwkv = layers.block_linears(layers.skeleton(tiny.model("rwkv").config))
+    with pytest.raises(BlockwrightError, match=r"ignore: \[attention\.output, feed_forward\.value\]"):
+        layers.targeted(rwkv, ["feed_forward.value"], [])
 
 
 def test_a_module_is_swapped_where_it_stands():

@@ -300,6 +300,31 @@ def test_statistics_are_those_of_all_activations_at_once(name, batch):
     assert list(some) == list(grams)[1:3] and all(torch.equal(some[n].sum, grams[n].sum) for n in some)
 
 
+@pytest.mark.parametrize("kind", ["right", "left", "first", "all", "none"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "opt"])
+def test_statistics_leave_padding_out(name, kind):
+    model, x, mask = tiny.model(name), tiny.ids(N, T), padded(kind)
+    outputs, inputs, _ = living(model, x, mask)
+    blueprint, real = Blueprint.of_module(model), mask.bool()
+    block = Stream(blueprint, x, mask=mask, batch=2).block(blueprint, 1)  # 2 + 2 + 1 samples
+    moments, grams = block.observe(outputs[0], Moments), block.observe(outputs[0], Gram)
+    for linear in moments:
+        seen, m, g = inputs[linear].double()[real.flatten()], moments[linear], grams[linear]
+        assert m.count == g.count == int(mask.sum())
+        assert torch.allclose(m.mean, seen.mean(0), rtol=1e-5, atol=1e-6)
+        assert torch.allclose(m.var, seen.var(0, unbiased=False), rtol=1e-5, atol=1e-6)
+        assert close(g.sum.double(), seen.T @ seen)
+
+
+def test_a_sample_that_is_all_padding_is_heard_by_nothing():
+    model, x, mask = tiny.model("llama"), tiny.ids(N, T), padded("right")
+    mask[4] = 0
+    blueprint = Blueprint.of_module(model)
+    block = Stream(blueprint, x, mask=mask).block(blueprint, 0)
+    seen = block.observe(Stream(blueprint, x).embedded, Moments)
+    assert all(m.count == int(mask.sum()) and bool(torch.isfinite(m.mean).all()) for m in seen.values())
+
+
 @settings(deadline=None, max_examples=40)
 @given(
     sizes=st.lists(st.integers(1, 9), min_size=1, max_size=5),

@@ -8,6 +8,7 @@ NO_SPECIAL = dict(bos_token_id=None, eos_token_id=None, pad_token_id=None)
 GQA = dict(num_key_value_heads=2, **NO_SPECIAL)
 GEMMA = dict(head_dim=8, sliding_window=4, query_pre_attn_scalar=8, **GQA)
 GPT = dict(vocab_size=37, n_embd=24, n_layer=3, n_head=4, n_positions=64, **NO_SPECIAL)
+STATE = dict(vocab_size=37, hidden_size=24, num_hidden_layers=3, state_size=4, time_step_rank=8, **NO_SPECIAL)
 
 CONFIGS = {
     "llama": lambda: t.LlamaConfig(**COMMON, **GQA),
@@ -31,6 +32,15 @@ CONFIGS = {
         max_position_embeddings=64, intermediate_size=40, **NO_SPECIAL,
     ),
     "falcon": lambda: t.FalconConfig(vocab_size=37, hidden_size=24, num_hidden_layers=3, num_attention_heads=4, **NO_SPECIAL),
+    "mamba": lambda: t.MambaConfig(**STATE),
+    "falcon-mamba": lambda: t.FalconMambaConfig(**STATE),
+    "jamba": lambda: t.JambaConfig(
+        **{k: v for k, v in COMMON.items() if k != "max_position_embeddings"}, **GQA, attn_layer_period=2, attn_layer_offset=1,
+        num_experts=2, mamba_d_state=4, mamba_dt_rank=8, use_mamba_kernels=False,
+    ),
+    "rwkv": lambda: t.RwkvConfig(
+        vocab_size=37, hidden_size=24, num_hidden_layers=7, intermediate_size=40, context_length=64, rescale_every=2, **NO_SPECIAL
+    ),
     "bert": lambda: t.BertConfig(**COMMON),
     "vit": lambda: t.ViTConfig(
         hidden_size=24, num_hidden_layers=3, num_attention_heads=4, intermediate_size=40, image_size=8, patch_size=4

@@ -239,14 +239,14 @@ def linears(model, path):
     return {n: (m, m.weight if isinstance(m, nn.Linear) else m.weight.T) for n, m in found.items()}
 
 
-def heard(model, names, tokens):
+def heard(model, names, tokens, **padded):
     """The inputs of named linears, [n, T, K] fp64, from one pass of the whole model."""
     seen, handles = {}, []
     for name in names:
         hook = lambda m, args, name=name: seen.__setitem__(name, args[0].detach().double())  # noqa: E731
         handles.append(model.get_submodule(name).register_forward_pre_hook(hook))
     with torch.no_grad():
-        model(tokens)
+        model(tokens, **padded)
     for handle in handles:
         handle.remove()
     return seen
@@ -339,6 +339,26 @@ def test_moments_of_uneven_batches_are_those_of_all_tokens(length):
             assert torch.allclose(stat.norm, flat.square().sum(0).sqrt(), rtol=1e-6)
         assert torch.allclose(pooled[name].var, flat.var(0, correction=0), rtol=1e-6)
         assert torch.allclose(within[name].var, x.var(1, correction=0).mean(0), rtol=1e-6)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_moments_of_padded_samples_are_those_of_their_own_tokens(side):
+    model, tokens, within, mask = llama(), ids(5, 8), {}, torch.ones(5, 8, dtype=torch.int64)
+    for row, length in ((1, 3), (2, 1), (4, 6)):
+        mask[row, length:] = 0
+    mask = mask.flip(1) if side == "left" else mask
+
+    def visit(block, x, y, rng):
+        within.update(block.observe(x, module._within(8)))
+
+    Run(Blueprint.of_module(model), calibration=tokens, mask=mask, batch=2).blocks(visit, inputs="dense")
+    for name, x in heard(model, within, tokens, attention_mask=mask).items():
+        samples = [row[real.bool()] for row, real in zip(x, mask, strict=True)]
+        stat, flat = within[name], torch.cat(samples)
+        assert stat.count == len(flat) == 26
+        assert torch.allclose(stat.mean, flat.mean(0), rtol=1e-5, atol=1e-6)
+        by_tokens = sum(s.var(0, correction=0) * len(s) for s in samples) / 26
+        assert torch.allclose(stat.var, by_tokens, rtol=1e-4, atol=1e-7)
 
 
 def test_bf16_weights_stay_bf16_and_to_the_bit():

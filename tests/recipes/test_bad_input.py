@@ -10,9 +10,10 @@ import pytest
 import torch
 from jobs import in_fork, recipe, tree, written
 from safetensors.torch import load_file, save_file
-from transformers import BertConfig, GPT2Config, GPT2LMHeadModel, LlamaConfig, T5Config, ViTConfig
+from transformers import BertConfig, GPT2Config, GPT2LMHeadModel, LlamaConfig, MambaConfig, MambaForCausalLM, T5Config, ViTConfig
 
 import blockwright as bw
+from blockwright import meter
 from blockwright.errors import BlockwrightError
 from blockwright.recipes.recipe import load_recipe
 
@@ -400,6 +401,34 @@ def a_packed_conv1d_in_a_standard_layout():
     }, "export=standard: transformer.h.0.attn.c_attn is a packed Conv1D. Allowed: auto, blockwright, dense."
 
 
+def offset_packed_groups_that_do_not_divide():
+    return {"stages": [{"quantllm-ofa": {"group_size": 48}}], "export": "standard"}, "has 64 inputs, which groups of 48 do not divide"
+
+
+def a_dual_grained_conv1d_in_a_standard_layout():
+    return a_packed_conv1d_in_a_standard_layout()[0] | {"stages": ["dgq"]}, "transformer.h.0.attn.c_attn is a packed Conv1D. Allowed: auto"
+
+
+def a_child_in_a_standard_layout():
+    said = "export=standard after puzzle: it writes our own layout; `export: dense` opens in plain transformers unless a subblock became"
+    return {"stages": ["puzzle", GRID], "export": "standard"}, said
+
+
+def narrow_layers_in_a_standard_layout():
+    return {"stages": ["cfsp"], "export": "unrolled"}, "export=unrolled after cfsp: it writes our own layout with smaller matrices"
+
+
+def tiles_in_a_standard_layout():
+    return {"stages": ["lpvit"], "export": "standard"}, "export=standard after lpvit: it writes the kept tiles in our own layout"
+
+
+def linears_that_are_not_only_called():
+    torch.manual_seed(0)
+    config = MambaConfig(vocab_size=92, hidden_size=32, num_hidden_layers=2, state_size=4, time_step_rank=8)
+    MambaForCausalLM(config).save_pretrained("model")
+    return {"stages": ["finequant"]}, "mixer.dt_proj: the model uses its weight without calling it, so it cannot be treated"
+
+
 def pruning_after_packing():
     return {
         "stages": [GRID, "sample-nudge"]
@@ -444,8 +473,10 @@ CASES = [
     inf_in_the_head, nan_in_activations, too_short, calibration_too_short, nothing_in_it, no_such_text, not_a_text,
     longer_than_the_model_sees, overlapping, the_same_text, unknown_stage, unknown_option, out_of_range, out_of_range_of_finequant,
     group_size_of_nothing, a_group_that_does_not_divide, a_packed_embedding_in_a_standard_layout,
-    two_asymmetric_schemes_in_a_standard_layout, a_packed_conv1d_in_a_standard_layout, pruning_after_packing, too_little_memory,
-    not_empty, a_file_there, below_a_file, where_nobody_can_write, the_model_itself,
+    two_asymmetric_schemes_in_a_standard_layout, a_packed_conv1d_in_a_standard_layout, a_child_in_a_standard_layout,
+    offset_packed_groups_that_do_not_divide, a_dual_grained_conv1d_in_a_standard_layout,
+    narrow_layers_in_a_standard_layout, tiles_in_a_standard_layout, linears_that_are_not_only_called, pruning_after_packing,
+    too_little_memory, not_empty, a_file_there, below_a_file, where_nobody_can_write, the_model_itself,
 ]  # fmt: skip
 
 
@@ -493,8 +524,14 @@ def test_every_mistake_is_the_same_error_in_python(home):
         assert said in str(told.value) + "."
 
 
+def test_the_limit_of_a_container_counts(home, blockwright, monkeypatch):
+    monkeypatch.setattr(meter, "memory_limit", lambda: 3 * 10**8)
+    file = written(recipe(GRID))
+    assert "needs about 0.63 GB of memory, 0.30 GB may be used" in refused(blockwright, home, file)
+
+
 def test_a_dry_run_tells_the_same(home, blockwright):
-    for case in (too_short, unknown_option, deeper):
+    for case in (too_short, unknown_option, a_group_that_does_not_divide, tiles_in_a_standard_layout, deeper):
         changes, said = case()
         assert said in refused(blockwright, home, written(recipe("sample-nudge", GRID) | changes), "--dry-run")
 

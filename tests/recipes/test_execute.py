@@ -299,6 +299,10 @@ def test_a_dry_run_tells_memory_time_and_bytes_and_writes_nothing(home, blockwri
         ([{"sample-grid": {"targets": ["re:mlp"]}}], {}),
         ([GRID], {"export": "dense", "dtype": "bf16"}),
         ([{"finequant": {"bits": 4, "group_size": 32, "overrides": {"re:down": {"bits": 8}}}}], {"embedding": 8, "dtype": "bf16"}),
+        ([{"finequant": {"bits": 8, "group_size": -1, "overrides": {"re:down": {"group_size": 32, "scale_dtype": "fp32"}}}}], {}),
+        ([{"flexround": {"iters": 1, "strategy": "channel"}}], {}),
+        ([{"flexround": {"iters": 1, "bits": 8, "group_size": -1, "symmetric": False, "scale_dtype": "fp32"}}], {}),
+        ([{"flexround": {"iters": 1, "strategy": "tensor", "symmetric": False}}], {}),
     ],
 )
 def test_the_bytes_of_the_plan_are_those_written(home, stages, options):

@@ -38,12 +38,13 @@ from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 import blockwright as bw
 from blockwright import zoo
 from blockwright.blocks import folders, layers, tiles
+from blockwright.blocks.embedding import pack_embedding
 from blockwright.blocks.layers import Blueprint
 from blockwright.blocks.lora import LoraLinear
 from blockwright.blocks.packed import PackedLinear
 from blockwright.errors import BlockwrightError
 from blockwright.recipes import export, gguf
-from blockwright.recipes.execute import pack_embedding
+from blockwright.search.puzzle import puzzle
 
 SIZES = {
     "vocab_size": 352, "hidden_size": 128, "intermediate_size": 192, "num_hidden_layers": 3,
@@ -758,3 +759,27 @@ def test_a_linear_of_its_own_size_is_refused(tmp_path):
     model = model.edited(forms={"model.layers.0.mlp.up_proj": {"form": "linear", "size": [32, 64]}})
     with pytest.raises(BlockwrightError, match="up_proj is 32 x 64, a size of its own.*Use --to blockwright"):
         gguf.write(model, tmp_path, source=tmp_path)
+
+
+CHILDREN = {
+    "gone": ({"widths": [], "heads": [1], "linear": False}, None),
+    "narrow": ({"widths": [0.5], "heads": [], "linear": False, "no_op": False}, r"mlp\.\w+_proj is \d+ x \d+, a size of its own"),
+    "linear": ({"widths": [], "heads": [], "no_op": False}, r"(self_attn|mlp) is linear (attention|ffn), which no weights of \w+ compute"),
+}
+
+
+@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("options, refused", CHILDREN.values(), ids=CHILDREN)
+def test_a_puzzle_child_opens_with_its_logits_or_is_refused_by_name(kind, options, refused, tmp_path, source):
+    """Gone subblocks and fewer key and value heads are in the file as zeros and as copies; widths and linears have no place in it."""
+    model = built(kind)
+    ids = torch.randint(0, 320, (4, 24), generator=torch.Generator().manual_seed(1))
+    child = puzzle(model, calibration=ids, size=0.86, score_windows=2, dtype="fp32", **options)
+    assert (logits(child) - logits(model)).abs().max() > 1e-3
+    if refused:
+        with pytest.raises(BlockwrightError, match=rf"model\.layers\.\d\.{refused}"):
+            written(Blueprint.of_module(child), tmp_path / "out", source)
+        return
+    assert {m.form()["form"] for m in child.modules() if hasattr(m, "form")} & {"no_attention", "no_ffn"}
+    assert written(Blueprint.of_module(child), tmp_path / "out", source)["loss"]["worst"] == 0
+    assert (logits(opened(tmp_path / "out")) - logits(child)).abs().max() <= 1e-5

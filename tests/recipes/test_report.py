@@ -19,7 +19,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
-from blockwright.recipes import report
+from blockwright import registry
+from blockwright.recipes import outcome, report
+from blockwright.recipes.recipe import load_recipe
 
 MATRICES = {"q": [576, 576], "k": [192, 576], "v": [192, 576], "o": [576, 576], "gate": [1536, 576], "up": [1536, 576], "down": [576, 1536]}
 SHAPES = {f"{'self_attn' if n in 'qkvo' else 'mlp'}.{n}_proj": shape for n, shape in MATRICES.items()}
@@ -849,3 +851,19 @@ def test_names_are_no_markup_and_no_control_codes(name: str) -> None:
     for text in (render(report.table(made)), render(report.block_table(made))):
         assert re.sub(r"[\x00-\x1f]", " ", name) in text
         assert not re.search(r"[\x00-\x09\x0b-\x1f]", text)
+
+
+def test_the_comparison_stands_beside_a_run_on_the_same_model_and_text_and_no_other():
+    job = {"model": "smollm2-off-grid", "stages": ["finequant"], "out": "out"}
+    rows = {f"{row['model']}, {row['size']}": row for row in registry.results("comparison")["cpu"]["rows"]}
+    perplexity = rows.pop("dense, bf16")["perplexity"]
+    points = {p["name"]: p for p in outcome.reference_points(load_recipe(job), perplexity * 1.0001)}
+    assert points.keys() == rows.keys() and "GPTQ of llm-compressor, 4 bits" in points
+    for name, point in points.items():
+        assert point["bytes"] == pytest.approx(1e6 * rows[name]["MB"], abs=1) and point["perplexity"] == rows[name]["perplexity"]
+    made = small() | {"reference_points": list(points.values())}
+    assert all(name in report.html(made) for name in rows)
+    others = [{"num": 8}, {"num": 16, "length": 128}, {"num": 16, "text": "other.txt"}]
+    for change in [{"model": "smollm2"}, *({"evaluation": text} for text in others)]:
+        assert outcome.reference_points(load_recipe(job | change), perplexity) == []
+    assert outcome.reference_points(load_recipe(job), perplexity * 1.01) == outcome.reference_points(load_recipe(job), None) == []

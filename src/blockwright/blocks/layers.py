@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from fnmatch import fnmatch
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, cast
@@ -20,7 +21,7 @@ import transformers
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightRenaming, rename_source_key
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 from transformers.pytorch_utils import Conv1D
 
 from blockwright.blocks.block_sparse import BlockSparseLinear
@@ -52,6 +53,15 @@ FORMS: dict[str, Any] = {
     "no_ffn": NoFfn,
     "linear_ffn": LinearFfn,
     "skip": Skip,
+}
+
+# Linears that are not only called, by architecture and end of name: the model uses their weights itself, so nothing else can stand there.
+FIXED = {
+    "mamba": ("dt_proj",),
+    "falcon_mamba": ("dt_proj",),
+    "jamba": ("dt_proj",),
+    "longcat_flash": ("classifier",),
+    "rwkv": ("attention.output", "feed_forward.value"),
 }
 
 # Ends of the names of tensors that keep their dtype, whatever that of the model they are read or written with.
@@ -224,7 +234,9 @@ def _template(config_class: type[PreTrainedConfig], config_json: str, dtype: tor
             f"architecture {config_class.model_type!r}: config.json's model cannot be built ({type(error).__name__}: {line})",
             do="Use the config.json and the weights of one model",
         ) from None
-    for module in model.modules():
+    for full, module in model.named_modules():
+        if full.endswith(FIXED.get(config.model_type, ())):
+            module.fixed = True  # type: ignore[assignment]
         for name, buffer in module._buffers.items():
             if buffer is not None and name not in module._non_persistent_buffers_set:
                 module._buffers[name] = buffer.to("meta")
@@ -307,10 +319,26 @@ def block_linears(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def targeted(linears: Mapping[str, nn.Module], targets: Iterable[str], ignore: Iterable[str]) -> dict[str, nn.Module]:
-    """Those that `targets` names and `ignore` does not; a transformers Conv1D counts as the target "Linear"."""
+    """Those that `targets` names and `ignore` does not; a transformers Conv1D counts as the target "Linear".
+
+    Raises BlockwrightError for one that is fixed.
+    """
     targets, ignore = list(targets), list(ignore)
     wanted = [*targets, "Conv1D"] if "Linear" in targets else targets
-    return {n: m for n, m in linears.items() if selected(n, m, wanted, ignore)}
+    chosen = {n: m for n, m in linears.items() if selected(n, m, wanted, ignore)}
+    for name in (n for n, m in chosen.items() if fixed(m)):
+        ends = next(ends for ends in FIXED.values() if name.endswith(ends))
+        raise BlockwrightError(
+            f"{name}: the model uses its weight without calling it, so it cannot be treated",
+            allowed="linears that are only called",
+            do=f"Leave it as it is: `ignore: [{', '.join(ends)}]`",
+        )
+    return chosen
+
+
+def fixed(linear: nn.Module) -> bool:
+    """Whether this linear of a skeleton must stay as it is, since the model uses its weight without calling it (see FIXED)."""
+    return getattr(linear, "fixed", False)
 
 
 def selected(name: str, module: nn.Module, targets: Iterable[str], ignore: Iterable[str]) -> bool:
@@ -422,6 +450,7 @@ def _match(model: PreTrainedModel, tensors: Tensors, folder: Path) -> Tensors:
     for name, found in names.items():
         stored = source.get(id(expected[name]))
         if stored is None:
+            _refuse_parts(model, name, tensors, folder)
             raise BlockwrightError(
                 f"model {folder}: config.json asks for tensor {name} {tuple(expected[name].shape)}, which the weights lack",
                 do="Use the config.json and the weights of one model",
@@ -445,6 +474,18 @@ def _match(model: PreTrainedModel, tensors: Tensors, folder: Path) -> Tensors:
                 do="Use the config.json and the weights of one model",
             )
     return tensors.renamed({name: source[id(parameter)] for name, parameter in expected.items()})
+
+
+def _refuse_parts(model: PreTrainedModel, name: str, tensors: Tensors, folder: Path) -> None:
+    """Raise BlockwrightError where the files hold this tensor in parts that transformers joins on loading, as those of most experts do."""
+    for joined in (c for c in get_model_conversion_mapping(model) if isinstance(c, WeightConverter)):
+        parts = next((n for s in joined.source_patterns for n in sorted(tensors) if fnmatch(n, f"*{s}")), None)
+        if parts and any(pattern.strip(".^$") in name for pattern in joined.target_patterns):
+            raise BlockwrightError(
+                f"model {folder}: {name} lies in parts in its files ({parts}, ...), which only transformers joins",
+                allowed="files that hold every tensor whole",
+                do="Open it with transformers and call stages on the model in memory, in Python",
+            )
 
 
 def _under_module_names(model: PreTrainedModel, tensors: Tensors, expected: Collection[str]) -> Tensors:

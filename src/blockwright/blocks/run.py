@@ -11,7 +11,7 @@ import itertools
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Literal, TypeVar, cast
+from typing import Any, Literal, Protocol, TypeVar, cast
 
 import torch
 from jaxtyping import Float, Int
@@ -29,6 +29,14 @@ Visit = Callable[[Block, Tensor | None, Tensor | None, torch.Generator], Facts |
 Progress = Callable[[str, int, int], None]  # told of every step of long work: what is done, how much of it, out of how much
 
 
+class Listener(Protocol):
+    """Hears the inputs [t, K] of each linear of a block and the gradients at its outputs [t, N]; in the end it tells the block's facts."""
+
+    def hear(self, name: str, x: Tensor, gradient: Tensor) -> None: ...
+
+    def facts(self) -> Facts: ...
+
+
 def silent(what: str, done: int, total: int) -> None:
     """No progress shown."""
 
@@ -39,6 +47,7 @@ class Run:
     model : the blueprint as it stands now. calibration : token ids [n, T], or None for stages that need no data; images [n, C, H, W] for
     stages that run a whole vision model. mask : see Stream.
     journal : folder for finished units, or None to keep them in memory. seed : of every random number, through `generator`.
+    dtype : in which the model will be written where it is not quantised.
     """
 
     def __init__(
@@ -52,7 +61,9 @@ class Run:
         device: str | torch.device = "cpu",
         batch: int = 8,
         progress: Progress = silent,
+        dtype: torch.dtype = torch.bfloat16,
     ) -> None:
+        self.dtype = dtype
         self.model, self.calibration, self.mask, self.journal = model, calibration, mask, journal
         self.seed, self.device, self.batch, self.progress = seed, device, batch, progress
         self.begin("stage")
@@ -61,6 +72,7 @@ class Run:
         """A new stage starts: what the model is now is what `dense` inputs and targets mean until the next one."""
         self.stage, self.entered, self._passes = stage, self.model, 0
         self.curves: dict[str, list[float]] = {}  # for the report: a loss curve by block or loop
+        self.details: dict[str, Any] = {}  # for the report: what else a stage found, as JSON
 
     def generator(self, *unit: object) -> torch.Generator:
         """Random numbers of one unit, from hash(seed, stage, unit): the same whatever ran before."""
@@ -127,6 +139,60 @@ class Run:
             dense = y if dense is not None else None
         self.progress(f"{self.stage} pass {number + 1}", stream.num_blocks, stream.num_blocks)
         return found
+
+    def backward(self, listen: Callable[[Block], Listener]) -> list[Facts]:
+        """One pass from the last block to the first, with that block resident, of the gradients of `Stream.surprise`: how far a change of
+        each linear's output moves the model's predictions.
+
+        listen : called with a block, gives what hears of its linears and then tells the block's facts.
+        Before it, one pass forward; the inputs of each block are kept in the journal, in memory where there is none.
+        Raises BlockwrightError without calibration data, or where a value is not finite (tensor and block named).
+        """
+        if self.calibration is None:
+            raise BlockwrightError(
+                f"{self.stage}: needs calibration text", do="Give `calibration:` in the recipe, or calibration=token_ids"
+            )
+        forward, number = self._passes, self._passes + 1
+        self._passes += 2
+        model, total = self.model, layers.num_blocks(self.model.config)
+        stream = Stream(model, self.calibration, mask=self.mask, device=self.device, batch=self.batch)
+        inputs: list[_Unit] = []
+        kept: list[_Done | None] = []  # without a journal; with one they are read again when they are needed
+        x = stream.embedded
+        for i in range(total + 1):
+            self.progress(f"{self.stage} pass {forward + 1}", i, total)
+            unit = _Unit(self.journal, self.stage, forward, i)
+            held = unit.load() or unit.keep({"x": x}, None, None, f"inputs of block {i}")
+            inputs.append(unit)
+            kept.append(held if self.journal is None else None)
+            if i < total:
+                x = stream.block(model, i).outputs(held.facts["x"].to(self.device))
+        del x
+
+        def entering(i: int) -> Tensor:
+            there = kept[i] or inputs[i].load()
+            assert there is not None
+            return cast(Tensor, there.facts["x"]).to(self.device)
+
+        found: list[Facts] = []
+        gradient: Tensor | None = None
+        for i in reversed(range(total)):
+            self.progress(f"{self.stage} pass {number + 1}", total - 1 - i, total)
+            unit = _Unit(self.journal, self.stage, number, i)
+            done = unit.load()
+            if done is None:
+                if gradient is None:
+                    gradient = stream.surprise(model, entering(total), self.generator(number, "labels"))
+                block = stream.block(model, i)
+                listener = listen(block)
+                before = block.differentiate(entering(i), gradient, listener.hear)
+                done = unit.keep(listener.facts() | {"gradient": before}, None, None, f"block {block.name}")
+                del block
+            gradient = done.facts["gradient"].to(self.device)
+            kept[i + 1] = None
+            found.append({key: value for key, value in done.facts.items() if key != "gradient"})
+        self.progress(f"{self.stage} pass {number + 1}", total, total)
+        return found[::-1]
 
     def train(
         self,

@@ -4,7 +4,7 @@
 different ones to different layers) by one pass over stubs, and loads blocks one at a time.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import torch
@@ -16,6 +16,7 @@ from blockwright.blocks.layers import Blueprint
 from blockwright.errors import BlockwrightError
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]  # what follows the hidden states: positional, by name
+Hear = Callable[[str, Tensor, Tensor], None]  # a linear's name, its inputs, the gradient at its outputs
 
 
 class Block:
@@ -34,17 +35,20 @@ class Block:
         shared: frozenset[str],
         batch: int,
         resized: frozenset[str] = frozenset(),
+        mask: Int[Tensor, "n T"] | None = None,
     ) -> None:
         self.index, self.name, self.module, self.shared, self.resized, self.batch = index, name, module, shared, resized, batch
         self.forms: dict[str, layers.Form] = {}  # full name -> form, of the modules swapped since loading
-        self._arguments = arguments
+        self._arguments, self._mask = arguments, mask
+        self._real: Tensor | None = None  # the mask of the samples that are in the block now
 
     def linears(self, targets: Iterable[str] = ("Linear",), ignore: Iterable[str] = ()) -> dict[str, nn.Module]:
-        """Full dotted name -> dense linear, in the order of the module tree; shared ones only in the first block that holds them.
+        """Full dotted name -> dense linear, in the order of the module tree; shared ones only in the first block that holds them, and
+        none that is fixed (layers.FIXED).
 
         A transformers Conv1D counts as "Linear".
         """
-        found = {f"{self.name}.{n}": m for n, m in self.module.named_modules() if layers.is_linear(m)}
+        found = {f"{self.name}.{n}": m for n, m in self.module.named_modules() if layers.is_linear(m) and not layers.fixed(m)}
         return layers.targeted({n: m for n, m in found.items() if n not in self.shared}, targets, ignore)
 
     def swap(self, name: str, new: nn.Module) -> None:
@@ -52,7 +56,8 @@ class Block:
         layers.swap(self.module, name.removeprefix(self.name + "."), new)
         dense = layers.is_linear(new)
         form = {"form": "linear"} if dense else new.form()  # type: ignore[operator]
-        self.forms[name] = form | ({"size": list(layers.size(new))} if dense or name in self.resized else {})
+        own_size = dense or name in self.resized or "size" in self.forms.get(name, {})
+        self.forms[name] = form | ({"size": list(layers.size(new))} if own_size else {})
 
     def __call__(self, x: Float[Tensor, "b T d"], rows: slice | list[int] = slice(None)) -> Float[Tensor, "b T d"]:
         """The block's output for the samples `rows` of the calibration set, whose hidden states are x. Differentiable."""
@@ -61,12 +66,15 @@ class Block:
         entries = self._arguments
         if len(entries) > 1:
             entries = entries[rows] if isinstance(rows, slice) else [entries[i] for i in rows]
+        real = None if self._mask is None else self._mask[rows]
         if len({_absent(entry) for entry in entries}) > 1:  # transformers passes no mask for a sample without padding
-            return torch.cat([self._run(x[i : i + 1], [entry]) for i, entry in enumerate(entries)])
-        return self._run(x, entries)
+            alone = [slice(i, i + 1) for i in range(len(entries))]
+            return torch.cat([self._run(x[i], entries[i], None if real is None else real[i]) for i in alone])
+        return self._run(x, entries, real)
 
-    def _run(self, x: Float[Tensor, "b T d"], entries: list[Arguments]) -> Float[Tensor, "b T d"]:
+    def _run(self, x: Float[Tensor, "b T d"], entries: list[Arguments], real: Int[Tensor, "b T"] | None) -> Float[Tensor, "b T d"]:
         args, kwargs = _merged(entries)
+        self._real = real
         out = self.module(x, *args, **kwargs)
         return out[0] if isinstance(out, tuple) else out
 
@@ -82,13 +90,23 @@ class Block:
     def observe(self, x: Float[Tensor, "n T d"], make: "type[Stat]", linears: Iterable[str] | None = None) -> "dict[str, Any]":
         """Run all samples through the block and gather `make(in_features)` over the inputs of each named linear (default: all).
 
-        Raises BlockwrightError naming the linear whose inputs are not finite.
+        Padding is left out, and samples that have some are added one by one; but linears that hear only some tokens, as experts do, count
+        it: which tokens they hear is not known here. Raises BlockwrightError naming the linear whose inputs are not finite.
         """
         modules = {n: m for n, m in self.linears().items() if linears is None or n in set(linears)}
         stats = {n: make(layers.size(m)[1]) for n, m in modules.items()}
 
         def hook(stat: Stat) -> Any:
-            return lambda module, args: stat.add(args[0].detach().reshape(-1, args[0].shape[-1]))
+            def hear(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+                tokens, real = args[0].detach().reshape(-1, args[0].shape[-1]), self._real
+                if real is None or bool(real.all()) or len(tokens) != real.numel():
+                    stat.add(tokens)
+                    return
+                for sample, there in zip(tokens.unflatten(0, real.shape), real.to(tokens.device, torch.bool), strict=True):
+                    if bool(there.any()):
+                        stat.add(sample[there])
+
+            return hear
 
         handles = [m.register_forward_pre_hook(hook(stats[n])) for n, m in modules.items()]
         try:
@@ -99,6 +117,42 @@ class Block:
         for name, stat in stats.items():
             layers.check_finite(stat.summary(), f"calibration inputs of {name}")
         return stats
+
+    def differentiate(self, x: Float[Tensor, "n T d"], gradient: Float[Tensor, "n T d"], hear: "Hear") -> Float[Tensor, "n T d"]:
+        """The gradient at the block's inputs x of a scalar whose gradient at its outputs is `gradient`, in mini-batches.
+
+        hear : called for each mini-batch and linear with its full name, its inputs [t, K] and the gradient at its outputs [t, N], padding left
+        out as in `observe`.
+        """
+        out = torch.empty_like(x)
+        modules = self.linears()
+        heard: dict[str, tuple[Tensor, Tensor]] = {}
+
+        def hook(name: str) -> Any:
+            return lambda module, args, y: heard.update({name: (args[0].detach(), y)})
+
+        handles = [m.register_forward_hook(hook(n)) for n, m in modules.items()]
+        try:
+            for rows in batches(len(x), self.batch):
+                heard.clear()
+                with torch.enable_grad():
+                    inputs = x[rows].requires_grad_()
+                    y = self(inputs, rows)
+                    found = torch.autograd.grad(
+                        y, [inputs, *(o for _, o in heard.values())], gradient[rows], materialize_grads=True, allow_unused=True
+                    )
+                out[rows] = found[0]
+                real = None if self._real is None else self._real.flatten().to(x.device, torch.bool)
+                for (name, (seen, _)), g in zip(heard.items(), found[1:], strict=True):
+                    tokens, gradients = (t.reshape(-1, t.shape[-1]) for t in (seen, g))
+                    if real is not None and len(tokens) == len(real):
+                        tokens, gradients = tokens[real], gradients[real]
+                    hear(name, tokens, gradients)
+        finally:
+            for handle in handles:
+                handle.remove()
+        layers.check_finite(out, f"gradient at the inputs of block {self.name}")
+        return out
 
 
 class Stream:
@@ -134,7 +188,7 @@ class Stream:
         arguments = self.arguments[index] if self.arguments is not None else None
         shared = frozenset(_held_by_earlier(blueprint, self.path, index, module))
         resized = frozenset(n for n, form in blueprint.forms.items() if "size" in form)
-        return Block(index, name, module, arguments=arguments, shared=shared, resized=resized, batch=self.batch)
+        return Block(index, name, module, arguments=arguments, shared=shared, resized=resized, batch=self.batch, mask=self.mask)
 
     def final_hidden(self, blueprint: Blueprint) -> Float[Tensor, "n T d"]:
         """The hidden states after the last block, for all samples."""
@@ -151,6 +205,27 @@ class Stream:
             for stub in self._stubs(model):
                 stub.value, stub.wrapped = hidden[rows], self._wrapped
             yield rows, self._forward(model, rows).logits
+
+    def surprise(self, blueprint: Blueprint, hidden: Float[Tensor, "n T d"], rng: torch.Generator) -> Float[Tensor, "n T d"]:
+        """The gradient, at the hidden states after the last block, of the sum of -log p(y) over real tokens, y drawn from p, the model's own.
+
+        The mean outer product of such gradients is the Fisher information: half of it is what a small change adds to KL(model || changed).
+        """
+        model = self._around(blueprint, whole=True)
+        out = torch.empty_like(hidden)
+        for rows in batches(len(hidden), max(1, self.batch // 4)):
+            with torch.enable_grad():
+                inputs = hidden[rows].requires_grad_()
+                for stub in self._stubs(model):
+                    stub.value, stub.wrapped = inputs, self._wrapped
+                logits = self._forward(model, rows).logits.flatten(0, 1).float()
+                drawn = torch.multinomial(logits.detach().softmax(-1), 1, generator=rng)[:, 0]
+                nll = torch.nn.functional.cross_entropy(logits, drawn, reduction="none")
+                if self.mask is not None:
+                    nll = nll * self.mask[rows].to(nll).flatten()
+                (out[rows],) = torch.autograd.grad(nll.sum(), inputs)
+        layers.check_finite(out, "gradient at the last hidden states")
+        return out
 
     @torch.no_grad()
     def _record(self, blueprint: Blueprint) -> tuple[Tensor, list[list[Arguments]]]:

@@ -204,6 +204,18 @@ def swapped(block: nn.Module, modules: Mapping[str, nn.Module]) -> Iterator[None
             layers.swap(block, name, module)
 
 
+def put(block: Block, modules: Mapping[str, nn.Module]) -> None:
+    """Put the modules into the block: weights where the shapes are the block's own, else the module with its form."""
+    for name, new in modules.items():
+        old = block.module.get_submodule(name)
+        if type(old) is type(new) and {n: t.shape for n, t in old.state_dict().items()} == {
+            n: t.shape for n, t in new.state_dict().items()
+        }:
+            old.load_state_dict(new.state_dict())
+        else:
+            block.swap(f"{block.name}.{name}", new)
+
+
 def contributions(mean_abs: Float[Tensor, " I"], out_DI: Float[Tensor, "D I"]) -> Float[Tensor, " I"]:
     """C_k = mean |x_k| ||W_out[:, k]||: the mean over tokens of how far the output moves when channel k is silenced, exactly."""
     return mean_abs.to(out_DI) * out_DI.norm(dim=0)
@@ -267,7 +279,7 @@ def _attention_as(block: nn.Module, attention: Attention, option: Option) -> dic
         for name in (k, v):
             bias = _bias(linears[name])
             weight = mean_heads(layers.matrix(linears[name]), heads, option.size)
-            made[name] = _like(linears[name], weight, None if bias is None else mean_heads(bias, heads, option.size))
+            made[name] = like(linears[name], weight, None if bias is None else mean_heads(bias, heads, option.size))
         return made
     value, out = linears[v], linears[attention.out]
     head_dim = block.get_submodule(attention.out.rpartition(".")[0]).head_dim
@@ -324,7 +336,7 @@ def _fill(linear: nn.Linear, weight: Tensor, bias: Tensor | None) -> None:
         linear.bias = nn.Parameter(bias.contiguous(), requires_grad=False)
 
 
-def _like(linear: nn.Module, weight: Tensor, bias: Tensor | None) -> nn.Module:
+def like(linear: nn.Module, weight: Tensor, bias: Tensor | None) -> nn.Module:
     """A linear of the same kind with these weights, outputs x inputs."""
     new = layers.resized(linear, *weight.shape)
     new.weight = nn.Parameter((weight.T if isinstance(linear, Conv1D) else weight).contiguous(), requires_grad=False)

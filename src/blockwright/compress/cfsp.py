@@ -35,6 +35,7 @@ CARD = {
     "accepts": ["dense"],
     "leaves": "dense",
     "writes": "our own layout with smaller matrices; `export: dense` pads them to one width, which plain transformers opens",
+    "layouts": ["dense"],
     "claim": {
         "figure": "better than earlier structured pruning at 20 to 50 %",
         "against": "magnitude, Wanda-SP, FLAP and the like",

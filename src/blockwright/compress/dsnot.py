@@ -364,10 +364,10 @@ def _pruned_already(w_NK: Float[Tensor, "N K"], keep_NK: Bool[Tensor, "N K"]) ->
 
 
 def _within(length: int) -> type[Moments]:
-    """Moments whose variance is the one inside samples of `length` tokens, averaged over samples."""
+    """Moments whose variance is the one inside samples of `length` tokens, averaged over samples by their tokens."""
 
     class Within(Moments):
-        """Running moments of whole samples, one after another."""
+        """Running moments of whole samples, one after another, or of a shorter one alone."""
 
         def __init__(self, features: int) -> None:
             super().__init__(features)
@@ -375,7 +375,8 @@ def _within(length: int) -> type[Moments]:
 
         def add(self, x: Float[Tensor, "t K"]) -> None:
             super().add(x)
-            self._inside += x.double().cpu().unflatten(0, (-1, length)).var(1, correction=0).sum(0) * length
+            samples = x.double().cpu().unflatten(0, (-1, length if len(x) % length == 0 else len(x)))
+            self._inside += samples.var(1, correction=0).sum(0) * samples.shape[1]
 
         @property
         def var(self) -> Tensor:

@@ -105,12 +105,15 @@ def finequant(
 
 
 def plan(*, block_parameters: int, tokens: int, **options: Any) -> dict[str, Any]:
-    """What a run costs: fp32 copies of a block in memory, passes over the calibration text, bits of a stored weight."""
+    """What a run costs: fp32 copies of a block in memory, passes over the calibration text, bits of a stored weight.
+
+    row_bits : of the scale of a whole row, beside them.
+    """
     _check(options)
-    group, scale = options["group_size"], 8 * DTYPES[options["scale_dtype"]].itemsize
+    group, scale, mean = options["group_size"], 8 * DTYPES[options["scale_dtype"]].itemsize, options["bits_per_weight"]
     finest = CHOICES[-1] if group == "adaptive" else group
     bits = options["bits"] + (0 if finest == -1 else scale / finest)
-    return {"copies": 3, "passes": 0, "bits": options["bits_per_weight"] or bits}
+    return {"copies": 3, "passes": 0, "bits": mean or bits, "row_bits": scale if finest == -1 and not mean else 0}
 
 
 def quantize(

@@ -48,6 +48,7 @@ CARD = {
     "accepts": ["dense"],
     "leaves": "block sparse",
     "writes": "the kept tiles in our own layout, or `export: dense` with zeros",
+    "layouts": ["dense"],
     "claim": {"figure": "up to 3.93x on dedicated hardware, 1.79x on GPUs", "against": "dense DeiT-B", "where": "abstract"},
 }
 

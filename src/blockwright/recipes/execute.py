@@ -20,14 +20,13 @@ from torch import Tensor
 
 from blockwright import registry
 from blockwright.blocks import folders
+from blockwright.blocks.embedding import pack_embedding
 from blockwright.blocks.layers import Blueprint
-from blockwright.blocks.packed import PackedEmbedding
-from blockwright.blocks.parameters import Place
 from blockwright.blocks.run import Progress, Run, silent
 from blockwright.errors import BlockwrightError
 from blockwright.recipes import export, outcome, report
 from blockwright.recipes.measure import Judge
-from blockwright.recipes.plan import EMBEDDING_GROUP, refuse_if_too_large, refuse_layout
+from blockwright.recipes.plan import refuse_if_too_large, refuse_layout
 from blockwright.recipes.prepare import Job, check_output, prepare
 from blockwright.recipes.recipe import Recipe
 
@@ -160,13 +159,13 @@ def _dense_side(job: Job, work: Path, progress: Progress) -> tuple[Judge, dict[s
 
 def _run_stages(job: Job, judge: Judge, work: Path, progress: Progress) -> tuple[Blueprint, list[dict[str, Any]]]:
     recipe, done = job.recipe, []
-    run = Run(job.dense, calibration=job.calibration, journal=work, seed=recipe.seed, progress=progress)
+    run = Run(job.dense, calibration=job.calibration, journal=work, seed=recipe.seed, progress=progress, dtype=job.dtype)
     for number, stage in enumerate(recipe.stages):
         started = time.perf_counter()
         run.begin(f"{number}-{stage.name}")
         registry.method(stage.name).load()(run, **stage.options)
         seconds = time.perf_counter() - started
-        model, curves = run.model, dict(run.curves)
+        model, curves, details = run.model, dict(run.curves), dict(run.details)
         numbers = _kept_json(
             work / f"{number}-{stage.name}.json",
             lambda: {
@@ -175,28 +174,13 @@ def _run_stages(job: Job, judge: Judge, work: Path, progress: Progress) -> tuple
                 "seconds": seconds,  # noqa: B023
                 "bytes": export.predicted_bytes(model, job.dtype, recipe.export),  # noqa: B023
                 "curves": curves or None,  # noqa: B023
+                "details": details or None,  # noqa: B023
                 **(judge.quality(model) if recipe.measure.quality else {}),  # noqa: B023
             },
         )
         done.append(numbers)
     model = run.model if recipe.embedding is None else pack_embedding(run.model, recipe.embedding)
     return model, done
-
-
-def pack_embedding(model: Blueprint, bits: int, group_size: int = EMBEDDING_GROUP) -> Blueprint:
-    """The model with its embedding packed, and its head too where the two are tied (on the same tensors)."""
-    skeleton = model.skeleton()
-    name = next(n for n, m in skeleton.named_modules() if m is skeleton.get_input_embeddings())
-    head = next((n for n, m in skeleton.named_modules() if m is skeleton.get_output_embeddings()), None)
-    packed = PackedEmbedding.of(model.tensors.read([f"{name}.weight"])[f"{name}.weight"], bits=bits, group_size=group_size)
-    memory = {f"packed:{name}.{key}": t for key, t in packed.state_dict().items()}
-    owners = [name]
-    forms = dict(model.forms) | {name: packed.form()}
-    if head is not None and model.tensors.places.get(f"{head}.weight") == model.tensors[f"{name}.weight"]:
-        owners.append(head)
-        forms[head] = packed.form() | {"form": "packed"}
-    added = {f"{owner}.{key}": Place(None, f"packed:{name}.{key}") for owner in owners for key in packed.state_dict()}
-    return model.edited(tensors=model.tensors.replaced([f"{o}.weight" for o in owners], added, memory), forms=forms)
 
 
 def _kept_json(path: Path, make: Callable[[], Any]) -> Any:

@@ -1,5 +1,6 @@
 """What a run made: its numbers for the report, a row for each block, the model card."""
 
+import math
 import platform
 from collections.abc import Iterable
 from importlib import metadata
@@ -10,6 +11,7 @@ import psutil
 import torch
 import yaml
 
+from blockwright import meter, registry
 from blockwright.blocks import layers
 from blockwright.blocks.layers import Blueprint
 from blockwright.blocks.parameters import Place
@@ -17,6 +19,7 @@ from blockwright.errors import BlockwrightError
 from blockwright.recipes import measure
 from blockwright.recipes.measure import Judge
 from blockwright.recipes.prepare import Job
+from blockwright.recipes.recipe import Recipe, Text
 
 VERSIONS = ("blockwright", "torch", "transformers", "safetensors", "compressed-tensors", "numpy")
 
@@ -73,9 +76,10 @@ def gather(
         },
         "blocks": block_table(job.dense, result, errors),
         "stages": [
-            {key: s.get(key) for key in ("name", "options", "seconds", "perplexity", "kl", "top1", "bytes", "curves")} for s in stages
+            {key: s.get(key) for key in ("name", "options", "seconds", "perplexity", "kl", "top1", "bytes", "curves", "details")}
+            for s in stages
         ],
-        "reference_points": [],
+        "reference_points": reference_points(recipe, dense["perplexity"]),
         "samples": [
             {"prompt": p, "dense": a, "result": b}
             for p, a, b in zip(wanted.prompts, used["dense"].get("samples", []), used["result"].get("samples", []), strict=False)
@@ -86,13 +90,28 @@ def gather(
         "machine": {
             "cpu": platform.processor() or platform.machine(),
             "cores": psutil.cpu_count(logical=True),
-            "memory": psutil.virtual_memory().total,
+            "memory": min(psutil.virtual_memory().total, meter.memory_limit()),
             "threads": torch.get_num_threads(),
         },
         "seed": recipe.seed,
         "seconds": seconds,
         "warnings": warnings,
     }
+
+
+def reference_points(recipe: Recipe, perplexity: float | None) -> list[dict[str, Any]]:
+    """What `blockwright reproduce comparison` measured of the same model on the same text, for the report to draw; else nothing.
+
+    perplexity : of the dense model in this run: where the comparison's is another, it measured something else.
+    """
+    same = recipe.model == "smollm2-off-grid" and recipe.evaluation == Text(num=16) and perplexity is not None
+    rows = registry.results("comparison").get("cpu", {}).get("rows", []) if same else []
+    measured = [row for row in rows if row["model"] == "dense" and math.isclose(row["perplexity"], perplexity or 0, rel_tol=1e-3)]
+    return [
+        {"name": f"{row['model']}, {row['size']}", "bytes": round(1e6 * row["MB"]), "perplexity": row["perplexity"], "kl": row.get("kl")}
+        for row in rows
+        if measured and row["model"] != "dense"
+    ]
 
 
 def model_card(report: dict[str, Any], licence: str | None) -> str:

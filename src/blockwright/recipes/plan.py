@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from blockwright import meter, registry
-from blockwright.blocks import layers, tiles
+from blockwright.blocks import embedding, layers, tiles
 from blockwright.blocks.layers import Blueprint
 from blockwright.errors import BlockwrightError
 from blockwright.recipes import export
@@ -18,13 +18,15 @@ from blockwright.recipes.prepare import Job, prepare
 from blockwright.recipes.recipe import Recipe
 
 BASE_MEMORY = 600 * 2**20  # the interpreter with torch and transformers loaded
-EMBEDDING_GROUP = 64  # inputs that share a scale where the embedding is quantised
+PACKED = ("packed", "dual-grained", "offset-packed")  # what a stage leaves that a standard layout holds as packed linears
 SHAPE_BYTES = 16  # what a packed matrix stores beside codes and scales
 
 
 def plan(recipe: Recipe) -> dict[str, Any]:
-    """What running the recipe would do: per stage memory, time and bits; the bytes of the result."""
-    return estimate(prepare(recipe))
+    """What running the recipe would do: per stage memory, time and bits; the bytes of the result. Raises as `refuse_layout` does."""
+    job = prepare(recipe)
+    refuse_layout(job)
+    return estimate(job)
 
 
 def estimate(job: Job) -> dict[str, Any]:
@@ -45,7 +47,8 @@ def estimate(job: Job) -> dict[str, Any]:
         module = import_module(registry.method(stage.name).module)
         p = module.plan(block_parameters=block, tokens=tokens, **stage.options)
         for name, options in _options_by_linear(stage.options, linears).items():
-            bits[name] = module.plan(block_parameters=block, tokens=tokens, **options)["bits"] or bits[name]
+            own = module.plan(block_parameters=block, tokens=tokens, **options)
+            bits[name] = (own["bits"] or bits[name]) + own.get("row_bits", 0) / layers.size(linears[name])[1]
         memory = BASE_MEMORY + int(4 * (p["copies"] * block + p.get("resident", 0) * in_blocks + 3 * tokens * hidden + around))
         seconds = p["passes"] * 2 * in_blocks * kept * tokens / rate + 8 * in_blocks / 1e9
         kept *= p.get("layers", 1.0)
@@ -78,7 +81,8 @@ def refuse_layout(job: Job) -> None:
     skeleton = job.dense.skeleton()
     linears = layers.block_linears(skeleton)
     for stage in recipe.stages:
-        if registry.method(stage.name).card["leaves"] == "packed":
+        leaves = registry.method(stage.name).card["leaves"]
+        if leaves in PACKED:
             for name, o in _options_by_linear(stage.options, linears).items():
                 chosen = o.get("strategy", "group") == "group" and o.get("bits_per_weight") is None
                 group = o.get("group_size") if chosen else -1
@@ -86,7 +90,7 @@ def refuse_layout(job: Job) -> None:
                     "form": "packed",
                     "bits": o["bits"],
                     "group_size": group if isinstance(group, int) else -1,
-                    "symmetric": o.get("symmetric", True),
+                    "symmetric": o.get("symmetric", leaves == "packed"),
                     "transposed": not isinstance(linears[name], nn.Linear),
                 }
     if recipe.embedding is not None:
@@ -96,7 +100,8 @@ def refuse_layout(job: Job) -> None:
 
 def refuse_if_too_large(job: Job) -> None:
     """Raise BlockwrightError where the estimate exceeds what may be used, with what would fit."""
-    limit = parse_bytes(job.recipe.memory) if job.recipe.memory else psutil.virtual_memory().available
+    free = min(psutil.virtual_memory().available, meter.memory_limit())
+    limit = parse_bytes(job.recipe.memory) if job.recipe.memory else free
     needed = estimate(job)
     if needed["memory"] <= limit:
         return
@@ -130,9 +135,11 @@ def _what_fits(job: Job, limit: int) -> str:
 
 
 def _options_by_linear(options: dict[str, Any], linears: dict[str, nn.Module]) -> dict[str, dict[str, Any]]:
-    """For each linear that a stage works on, its options with the overrides for this linear."""
+    """For each linear that a stage works on, its options with the overrides for this linear. Without `targets` it may be any."""
+    if "targets" not in options:
+        return dict.fromkeys(linears, options)
     found = {}
-    for name, linear in layers.targeted(linears, options.get("targets", ["Linear"]), options.get("ignore", [])).items():
+    for name, linear in layers.targeted(linears, options["targets"], options.get("ignore", [])).items():
         found[name] = dict(options)
         for pattern, values in (options.get("overrides") or {}).items():
             if layers.selected(name, linear, [pattern], []):
@@ -146,7 +153,7 @@ def _gain_of_embedding(job: Job, dense: Blueprint) -> int:
     if bits is None or job.recipe.export == "dense":
         return 0
     v, d = dense.skeleton().get_input_embeddings().weight.shape
-    codes, scales = 4 * v * -(-d * bits // 32), 2 * v * tiles.num_groups(d, EMBEDDING_GROUP)
+    codes, scales = 4 * v * -(-d * bits // 32), 2 * v * tiles.num_groups(d, embedding.GROUP)
     return int(codes + scales + SHAPE_BYTES - v * d * job.dtype.itemsize)
 
 

@@ -99,6 +99,7 @@ def load_recipe(source: str | Path | Mapping[str, Any], *, out: Path | None = No
         data["out"] = out
     recipe: Recipe = checked(Recipe, data, where)
     check_order(recipe.stages)
+    check_layout(recipe)
     check_paths(recipe)
     return recipe
 
@@ -140,6 +141,17 @@ def check_order(stages: list[Stage]) -> None:
                 do=f"Put {stage.name} before {by}" if stage.name != by else "Use it once; `overrides` sets options for some layers",
             )
         left, by = card["leaves"], stage.name
+
+
+def check_layout(recipe: Recipe) -> None:
+    """Raise BlockwrightError where a stage always leaves what the layout asked for cannot hold: its card says which can (`layouts`)."""
+    for stage in recipe.stages:
+        card = registry.method(stage.name).card
+        possible = ("auto", "blockwright", *card.get("layouts", (recipe.export,)))
+        if recipe.export not in possible:
+            raise BlockwrightError(
+                f"export={recipe.export} after {stage.name}: it writes {card['writes']}", allowed=", ".join(possible), do="Use one of these"
+            )
 
 
 def check_paths(recipe: Recipe) -> None:

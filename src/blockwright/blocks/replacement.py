@@ -5,13 +5,13 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from blockwright.blocks import layers
 from blockwright.blocks.layers import Blueprint
 from blockwright.blocks.run import Run
-from blockwright.blocks.stream import batches
+from blockwright.blocks.stream import Stream, batches
 from blockwright.blocks.subblocks import swapped
 from blockwright.blocks.tuning import kl_of_tokens
 from blockwright.errors import BlockwrightError
@@ -107,3 +107,17 @@ class Scorer:
         handle.remove()
         wrapped = isinstance(seen[0], tuple)
         return wrapped, torch.cat([out[0] if wrapped else out for out in seen])
+
+
+@torch.no_grad()
+def divergence(
+    parent: Blueprint, child: Blueprint, ids: Int[Tensor, "n T"], mask: Int[Tensor, "n T"] | None = None, *, device: Any = "cpu"
+) -> float:
+    """KL(parent || child), the mean over real tokens in nats, of two whole models with one block resident at a time."""
+    sides = [Stream(model, ids, mask=mask, device=device) for model in (parent, child)]
+    hidden = [stream.final_hidden(model) for stream, model in zip(sides, (parent, child), strict=True)]
+    total, count = 0.0, ids.numel() if mask is None else int(mask.sum())
+    for (rows, theirs), (_, ours) in zip(sides[0].logits(parent, hidden[0]), sides[1].logits(child, hidden[1]), strict=True):
+        value = kl_of_tokens(theirs, ours)
+        total += float((value if mask is None else value.masked_fill(mask[rows].to(value.device) == 0, 0.0)).sum(dtype=torch.float64))
+    return total / count

@@ -12,12 +12,12 @@ from blockwright import meter, zoo
 from blockwright.blocks.gptq import gptq
 from blockwright.blocks.layers import Blueprint
 from blockwright.blocks.packed import PackedLinear
+from blockwright.blocks.rounding import Codes, initial_grid, reconstruct
 from blockwright.blocks.run import Run
 from blockwright.blocks.stream import Block, Gram
 from blockwright.claims.runner import Claim, Measured, Plot, numbers
 from blockwright.claims.small_model import texts, trained
 from blockwright.compress import flexround as method
-from blockwright.compress.flexround import Codes, initial_grid, reconstruct
 
 flexround: Any = method.flexround  # called with a model, it takes calibration and seed too
 

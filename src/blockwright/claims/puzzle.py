@@ -284,15 +284,15 @@ def _smollm2(
     model: Any = None,
     text: Sequence[Int[Tensor, "n T"]] | None = None,
     use: Deployment = GPU,
-    steps: int = 60,
-    gkd_steps: int = 400,
+    steps: int = 24,
+    gkd_steps: int = 120,
 ) -> Claim:
     """SmolLM2-135M at 1.8 times the throughput and 60 % of the bytes, distilled, against the best uniform child of the same steps."""
     if model is None:
         model, tokenizer = zoo.smollm2(), zoo.tokenizer()
         text = (
-            zoo.windows("pydoc", "calibration", num=256, length=512, tokenizer=tokenizer),
-            zoo.windows("pydoc", "evaluation", num=16, length=512, tokenizer=tokenizer).to(device),
+            zoo.windows("python-source", "calibration", num=256, length=512, tokenizer=tokenizer),
+            zoo.windows("python-source", "evaluation", num=16, length=512, tokenizer=tokenizer).to(device),
         )
     assert text is not None
     bench = Bench(model.to(device), text, use, seed, device, widths=[0.75, 0.5, 0.25])

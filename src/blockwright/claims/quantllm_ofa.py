@@ -67,7 +67,7 @@ def _small(seed: int, *, steps: int = 140, dense_steps: int = 500, samples: int 
     return _claim(setting, seed, notes, ablations=True)
 
 
-def _smollm2(seed: int, device: str, *, steps: int = 600, length: int = 256, windows: int = 256) -> Claim:
+def _smollm2(seed: int, device: str, *, steps: int = 120, length: int = 256, windows: int = 176) -> Claim:
     """SmolLM2-135M, whose weights are moved off the 4-bit grid that its file has."""
     tokenizer, model = zoo.tokenizer(), zoo.smollm2(off_grid=True).to(device)
     calibration = zoo.windows("pydoc", "calibration", num=windows, length=length, tokenizer=tokenizer)

@@ -104,21 +104,42 @@ def run(
     """The main job: a model in, stages, a cheaper model out, with its report."""
     from blockwright.recipes.recipe import load_recipe
 
-    checked = load_recipe(recipe, out=out)
-    if CHILD not in os.environ:
-        again = ["run", str(recipe), *(["--out", str(out)] if out else []), *(["--overwrite"] if overwrite else [])]
-        _in_child(resume_with=None if dry_run else [*again, "--resume"])
-    from blockwright.recipes import execute, plan, report
+    again = ["run", str(recipe), *(["--out", str(out)] if out else []), *(["--overwrite"] if overwrite else []), "--resume"]
+    _do(load_recipe(recipe, out=out), again, dry_run=dry_run, resume=resume, overwrite=overwrite)
 
-    if dry_run:
-        _print_plan(plan.plan(checked))
-        return
-    with _bar() as progress:
-        made = execute.execute(checked, resume=resume, overwrite=overwrite, progress=progress)
-    console.print(report.table(made))
-    for warning in made["warnings"]:
-        console.print(f"note    {warning}", highlight=False, markup=False, soft_wrap=True)
-    console.print(f"model   {checked.out}\nreport  {checked.out / 'report.html'}", highlight=False, soft_wrap=True)
+
+@app.command()
+def fit(
+    model: Annotated[str, typer.Argument(help="A model folder, a hub id, or a name of the zoo.")],
+    out: Annotated[Path, typer.Option(help="The folder to write.")],
+    size: Annotated[str | None, typer.Option(help='Of the weights, such as "120MB".')] = None,
+    bits_per_weight: Annotated[float | None, typer.Option(help="The size as bits a weight, embeddings included, instead.")] = None,
+    allow: Annotated[str, typer.Option(help="What may happen: quantise,low-rank,prune,drop.")] = "quantise",
+    keep: Annotated[str, typer.Option(help="Linears that stay dense, by name or its end, commas between; also: embedding.")] = "",
+    quick: Annotated[bool, typer.Option("--quick", help="Estimates, hardly measured: minutes less, a little worse.")] = False,
+    cure: Annotated[int, typer.Option(help="Steps a block of learning how to round, such as 100.")] = 0,
+    table: Annotated[Path | None, typer.Option(help="Measurements to use again, or to keep; default: OUT.fit.json.")] = None,
+    calibration: Annotated[str, typer.Option(help="Text to measure on: a file, or a name of the zoo.")] = "pydoc",
+    evaluation: Annotated[str, typer.Option(help="Text to judge by, likewise.")] = "pydoc",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only the plan: memory, time, bytes.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on where a stopped run was.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what the output folder holds.")] = False,
+) -> None:
+    """The best model within a size: every linear gets its bits by one exact program over measured losses."""
+    from blockwright.recipes.recipe import load_recipe
+
+    def words(text: str) -> list[str]:
+        return [word.strip() for word in text.split(",") if word.strip()]
+
+    kept = table or Path(f"{out}.fit.json")
+    options: dict[str, Any] = {"size": size, "bits_per_weight": bits_per_weight, "allow": words(allow), "keep": words(keep)}
+    options |= {"cure_steps": cure, "table": str(kept)} | ({"samples": 0, "refine": 0, "score_windows": 2} if quick else {})
+    recipe: dict[str, Any] = {"model": model, "stages": [{"fit": options}], "out": str(out)}
+    recipe |= {"calibration": {"text": calibration, "num": 16}, "evaluation": {"text": evaluation, "num": 16}}
+    again = [*(word for word in sys.argv[1:] if word != "--resume"), "--resume"]
+    _do(load_recipe(recipe), again, dry_run=dry_run, resume=resume, overwrite=overwrite)
+    if not dry_run:
+        console.print(f"table   {kept} (another size: add --table {kept}, and nothing is measured again)", highlight=False, soft_wrap=True)
 
 
 @app.command()
@@ -220,6 +241,23 @@ def main() -> None:
             sys.exit(_mistake(error.format_message()))
         sys.exit(_report_bug())
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _do(recipe: Any, again: list[str], *, dry_run: bool, resume: bool, overwrite: bool) -> None:
+    """Do what a recipe says, in a child, and show the table; with dry_run show the plan. again : the command line that resumes."""
+    if CHILD not in os.environ:
+        _in_child(resume_with=None if dry_run else again)
+    from blockwright.recipes import execute, plan, report
+
+    if dry_run:
+        _print_plan(plan.plan(recipe))
+        return
+    with _bar() as progress:
+        made = execute.execute(recipe, resume=resume, overwrite=overwrite, progress=progress)
+    console.print(report.table(made))
+    for warning in made["warnings"]:
+        console.print(f"note    {warning}", highlight=False, markup=False, soft_wrap=True)
+    console.print(f"model   {recipe.out}\nreport  {recipe.out / 'report.html'}", highlight=False, soft_wrap=True)
 
 
 def _in_child(*, resume_with: list[str] | None) -> None:

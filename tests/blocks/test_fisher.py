@@ -1,4 +1,4 @@
-"""Gradients block by block against whole-model autograd, and the estimates against the Fisher information written out and against real KL."""
+"""Gradients block by block against whole-model autograd, and the estimates against the Fisher information written out."""
 
 import pytest
 import torch

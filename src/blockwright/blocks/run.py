@@ -250,7 +250,8 @@ def stage(fn: F) -> F:
         run = Run(Blueprint.of_module(subject), calibration=calibration, mask=mask, seed=seed, device=device)
         run.begin(fn.__name__)
         fn(run, **options)
-        return run.model.build(device=device)
+        kinds = {p.dtype for p in subject.parameters()}  # where there is one, what is packed gives values of it too
+        return run.model.build(device=device, dtype=kinds.pop() if len(kinds) == 1 else None)
 
     return cast(F, call)
 

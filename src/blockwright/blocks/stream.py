@@ -121,8 +121,8 @@ class Block:
     def differentiate(self, x: Float[Tensor, "n T d"], gradient: Float[Tensor, "n T d"], hear: "Hear") -> Float[Tensor, "n T d"]:
         """The gradient at the block's inputs x of a scalar whose gradient at its outputs is `gradient`, in mini-batches.
 
-        hear : called for each mini-batch and linear with its full name, its inputs [t, K] and the gradient at its outputs [t, N], padding left
-        out as in `observe`.
+        hear : called for each mini-batch and linear with its full name, its inputs [t, K] and the gradient at its outputs [t, N]; without
+        padding, as in `observe`.
         """
         out = torch.empty_like(x)
         modules = self.linears()
@@ -207,7 +207,7 @@ class Stream:
             yield rows, self._forward(model, rows).logits
 
     def surprise(self, blueprint: Blueprint, hidden: Float[Tensor, "n T d"], rng: torch.Generator) -> Float[Tensor, "n T d"]:
-        """The gradient, at the hidden states after the last block, of the sum of -log p(y) over real tokens, y drawn from p, the model's own.
+        """The gradient, at the hidden states after the last block, of the sum of -log p(y) over real tokens; y is drawn from p.
 
         The mean outer product of such gradients is the Fisher information: half of it is what a small change adds to KL(model || changed).
         """

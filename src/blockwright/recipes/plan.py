@@ -88,7 +88,7 @@ def refuse_layout(job: Job) -> None:
                 group = o.get("group_size") if chosen else -1
                 forms[name] = {
                     "form": "packed",
-                    "bits": o["bits"],
+                    "bits": o["bits"] if isinstance(o["bits"], int) else 4,  # a mean, or a list to choose from: each linear gets its own
                     "group_size": group if isinstance(group, int) else -1,
                     "symmetric": o.get("symmetric", leaves == "packed"),
                     "transposed": not isinstance(linears[name], nn.Linear),

@@ -47,15 +47,15 @@ from blockwright.blocks.run import Run
 from blockwright.blocks.tuning import Feed
 from blockwright.claims import quantllm_ofa as claims
 from blockwright.compress import quantllm_ofa as module
+from blockwright.compress import quantllm_ofa_supernet as supernet
 from blockwright.compress.quantllm_ofa import (
-    Made,
-    Supernet,
     mean_width,
     plan,
     quantised,
     quantllm_ofa,
     train,
 )
+from blockwright.compress.quantllm_ofa_supernet import Made, Supernet
 from blockwright.errors import BlockwrightError
 from blockwright.recipes import export, gguf
 from blockwright.recipes.zero_points import integer_zero_points
@@ -267,7 +267,7 @@ def test_an_adapter_merges_exactly_into_the_offsets(n, k, group, r, seed):
     for bits in how.widths:
         codes, alpha, beta = module.rounded(linear.weight.detach(), torch.eye(k), bits=bits, made=how)
         tensors |= {f"b{bits}.q": module.tiles.pack(codes, bits), f"b{bits}.alpha": alpha, f"b{bits}.beta": beta}
-    net = module._super_linear(linear, tensors, how)
+    net = supernet.super_linear(linear, tensors, how)
     x = randn(4, 3, k, seed=seed)
     for bits in how.widths:
         w = net.width(bits)
@@ -289,11 +289,11 @@ def test_an_adapter_merges_exactly_into_the_offsets(n, k, group, r, seed):
 
 def test_by_hand():
     # two groups of two inputs; codes 0..3 are -2..1 as stored; scaling 4 / 1; x = (1, 2, 3, 4) pools to (3, 7)
-    width = module.Width(
+    width = supernet.Width(
         torch.tensor([[-2, 1, 0, -1]], dtype=torch.int8), torch.tensor([[0.5, 2.0]]), torch.tensor([[-0.5, 1.0]]), bits=2, rank=1
     )
     width.lora_A.data, width.lora_B.data = torch.tensor([[1.0, -1.0]]), torch.tensor([[0.25]])
-    net = module.SuperLinear(4, grids=[width], group_size=2, lora_alpha=4, bias=torch.tensor([10.0]))
+    net = supernet.SuperLinear(4, grids=[width], group_size=2, lora_alpha=4, bias=torch.tensor([10.0]))
     # weights: 0 * .5 - .5, 3 * .5 - .5, 2 * 2 + 1, 1 * 2 + 1 = -.5, 1, 5, 3; adapter: 4 * .25 * (3 - 7) = -4
     assert net(torch.tensor([[1.0, 2.0, 3.0, 4.0]])).item() == -0.5 + 2 + 15 + 12 - 4 + 10
     assert net.merged(2).tolist() == [[0.5, 0.0]]

@@ -15,13 +15,14 @@ from jaxtyping import Int
 from torch import Tensor, nn
 
 from blockwright import meter, zoo
+from blockwright.blocks.configurations import Choice
 from blockwright.blocks.layers import Blueprint
 from blockwright.blocks.run import Run
 from blockwright.blocks.tuning import Feed
 from blockwright.claims import small_model
 from blockwright.claims.runner import Claim, Measured, Plot
 from blockwright.compress import quantllm_ofa as method
-from blockwright.compress.quantllm_ofa import Choice, Made, Supernet
+from blockwright.compress.quantllm_ofa_supernet import Made, Supernet
 
 PAPER = "as good as QA-LoRA tuned for each budget (72.4/68.0/61.7 against 72.4/67.7/61.7 at 4/3/2 bits), with one training for all of them"
 WIDTHS = (2, 3, 4)

@@ -121,6 +121,8 @@ def fit(
     table: Annotated[Path | None, typer.Option(help="Measurements to use again, or to keep; default: OUT.fit.json.")] = None,
     calibration: Annotated[str, typer.Option(help="Text to measure on: a file, or a name of the zoo.")] = "pydoc",
     evaluation: Annotated[str, typer.Option(help="Text to judge by, likewise.")] = "pydoc",
+    windows: Annotated[int, typer.Option(help="Windows of either text.")] = 16,
+    length: Annotated[int, typer.Option(help="Tokens of a window.")] = 256,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only the plan: memory, time, bytes.")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on where a stopped run was.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what the output folder holds.")] = False,
@@ -135,7 +137,8 @@ def fit(
     options: dict[str, Any] = {"size": size, "bits_per_weight": bits_per_weight, "allow": words(allow), "keep": words(keep)}
     options |= {"cure_steps": cure, "table": str(kept)} | ({"samples": 0, "refine": 0, "score_windows": 2} if quick else {})
     recipe: dict[str, Any] = {"model": model, "stages": [{"fit": options}], "out": str(out)}
-    recipe |= {"calibration": {"text": calibration, "num": 16}, "evaluation": {"text": evaluation, "num": 16}}
+    recipe |= {"calibration": {"text": calibration, "num": windows, "length": length}}
+    recipe |= {"evaluation": {"text": evaluation, "num": windows, "length": length}}
     again = [*(word for word in sys.argv[1:] if word != "--resume"), "--resume"]
     _do(load_recipe(recipe), again, dry_run=dry_run, resume=resume, overwrite=overwrite)
     if not dry_run:

@@ -3,6 +3,8 @@
 import itertools
 import json
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from blockwright.blocks.packed import PackedEmbedding, PackedLinear
 from blockwright.blocks.replacement import divergence
 from blockwright.blocks.run import Run
 from blockwright.claims import fit as claims
+from blockwright.claims.composition import write_small_model
 from blockwright.errors import BlockwrightError
 from blockwright.recipes import export
 from blockwright.search import fit as method
@@ -95,21 +98,21 @@ def test_the_files_are_no_larger_than_asked(allow):
         target = int(share * dense_bytes(model))
         run = run_of(model, size=f"{target / 1000}KB", allow=allow, samples=1, bits=[2, 4, 8], group_sizes=[32, 64])
         assert 0.9 * target < export.file_bytes(run.model) <= target
-        assert run.details["fit"]["rounds"][0]["bytes"] <= target
+        assert run.details["rounds"][0]["bytes"] <= target
 
 
 def test_what_was_chosen_is_what_stands():
     run = run_of(llama(hidden=128, vocab=512), bits_per_weight=7.0, samples=1, bits=[4, 8], group_sizes=[32, 64])
-    model, told = run.model.build(), run.details["fit"]
+    model, told = run.model.build(), run.details
     for block in told["blocks"]:
-        for name, t in block["linears"].items():
-            module = model.get_submodule(name)
+        for name, about in block["linears"].items():
+            t, module = about["chosen"], model.get_submodule(name)
             if t == "dense":
                 assert type(module) is torch.nn.Linear
             else:
                 assert isinstance(module, PackedLinear) and t == f"int{module.bits} g{module.group_size}"
     embedding = model.get_input_embeddings()
-    assert (embedding.bits if isinstance(embedding, PackedEmbedding) else 0) == told["embedding"]
+    assert told["embedding"]["chosen"] == (f"int{embedding.bits} g64" if isinstance(embedding, PackedEmbedding) else "dense")
 
 
 # scores
@@ -118,9 +121,9 @@ def test_what_was_chosen_is_what_stands():
 def test_corrected_scores_predict_the_divergence():
     model = llama(layers=3, hidden=64)
     run = run_of(model, bits_per_weight=9.0, bits=[5, 8], group_sizes=[32], samples=3, refine=1, score_windows=8, embedding=[8])
-    last = run.details["fit"]["rounds"][-1]
+    last = run.details["rounds"][-1]
     true = divergence(Blueprint.of_module(model), run.model, text())
-    assert true == pytest.approx(min(r["measured"] for r in run.details["fit"]["rounds"]), rel=1e-4)
+    assert true == pytest.approx(min(r["measured"] for r in run.details["rounds"]), rel=1e-4)
     assert 0.4 < last["measured"] / last["predicted"] < 2.5
 
 
@@ -140,6 +143,27 @@ def test_curing_comes_nearer_to_the_dense_model():
     assert len(cured.curves) == 2 and all(len(v) == 40 for v in cured.curves.values())
 
 
+def test_the_report_is_told_the_front_the_uniform_settings_and_the_price_of_a_megabyte():
+    model = llama(hidden=128, vocab=512)
+    run = run_of(model, bits_per_weight=8.0, bits=[4, 8], group_sizes=[32], samples=0, refine=0, front=4)
+    front, uniform = run.details["front"], {label: (cost, size) for label, cost, size in run.details["uniform"]}
+    assert len(front) == 4 and [p for p, _ in front] == sorted((p for p, _ in front), reverse=True)
+    assert [b for _, b in front] == sorted(b for _, b in front) and run.details["megabyte"] >= 0
+    assert set(uniform) == {"dense", "int4 g32", "int8 g32"} and uniform["dense"][0] == 0.0
+    made = blockwright.finequant(model, bits=4, group_size=32)
+    size = export.file_bytes(Blueprint.of_module(made))
+    assert 0 <= uniform["int4 g32"][1] - size <= 200 * len(made.state_dict())
+    json.dumps(run.details)
+
+
+def test_it_is_called_on_a_model_in_memory():
+    model = llama(hidden=128, vocab=512)
+    smaller = blockwright.fit(model, calibration=text(), bits_per_weight=6.0, samples=0, refine=0, group_sizes=[32, 64])
+    assert isinstance(smaller.get_input_embeddings(), PackedEmbedding)
+    logits = smaller(text()).logits
+    assert logits.dtype == torch.float32 and bool(torch.isfinite(logits).all())
+
+
 # tables
 
 
@@ -150,7 +174,7 @@ def test_a_table_is_used_again_and_one_of_another_model_text_or_offer_is_refused
     again = run_of(model, bits_per_weight=7.0, table=str(table), **FEW)
     assert first.details == again.details
     for what, changed, options in (
-        ("model", llama(hidden=32), FEW),
+        ("model", llama(layers=3), FEW),
         ("offers", model, FEW | {"bits": [4, 8]}),
     ):
         with pytest.raises(BlockwrightError, match=f"of another {what}"):
@@ -161,6 +185,66 @@ def test_a_table_is_used_again_and_one_of_another_model_text_or_offer_is_refused
     table.write_text(table.read_text()[:100])
     with pytest.raises(BlockwrightError, match="damaged"):
         run_of(model, bits_per_weight=7.0, table=str(table), **FEW)
+
+
+# as a stage of a recipe
+
+
+def job(folder, name, **options):
+    return {
+        "model": str(folder / "model"),
+        "stages": [{"fit": {"bits_per_weight": 8.0, "samples": 1, "score_windows": 2, "group_sizes": [32], **options}}],
+        "out": str(folder / name),
+        "calibration": {"text": str(folder / "learn.txt"), "num": 6, "length": 16},
+        "evaluation": {"text": str(folder / "judge.txt"), "num": 2, "length": 16},
+        "measure": {"use": False},
+    }
+
+
+def test_a_folder_is_written_opened_and_told(tmp_path):
+    write_small_model(tmp_path)
+    report = blockwright.run(job(tmp_path, "out", cure_steps=2))
+    model = blockwright.load(tmp_path / "out")
+    assert bool(torch.isfinite(model(torch.arange(16)[None]).logits).all())
+    [told] = report["stages"]
+    assert report["result"]["bytes"] <= 8.0 / 16 * report["dense"]["bytes"]
+    assert told["details"]["rounds"][0]["bytes"] >= report["result"]["bytes"]
+
+
+@pytest.mark.parametrize("place", ["solve", "correct", "items"])
+def test_a_run_that_ended_anywhere_goes_on_to_the_same_bits(tmp_path, monkeypatch, place):
+    write_small_model(tmp_path)
+    tables = {name: str(tmp_path / f"{name}.json") for name in ("whole", "broken")}
+    blockwright.run(job(tmp_path, "whole", table=tables["whole"]))
+
+    def stop(*args, **options):
+        raise RuntimeError("stopped")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Problem, place, stop)
+        with pytest.raises(RuntimeError, match="stopped"):
+            blockwright.run(job(tmp_path, "broken", table=tables["broken"]))
+    blockwright.run(job(tmp_path, "broken", table=tables["broken"]), resume=True)
+    a, b = ([p.read_bytes() for p in sorted((tmp_path / name).glob("*.safetensors"))] for name in ("whole", "broken"))
+    assert a == b and a
+
+
+def test_the_command_line_measures_once_for_two_sizes_and_refuses_in_one_line(tmp_path):
+    write_small_model(tmp_path)
+
+    def command(*words):
+        line = [sys.executable, "-m", "blockwright.cli", "fit", "model", *words, "--windows", "2", "--length", "16", "--quick"]
+        line += ["--calibration", "learn.txt", "--evaluation", "judge.txt"]
+        return subprocess.run(line, cwd=tmp_path, capture_output=True, text=True, check=False)
+
+    first = command("--bits-per-weight", "8", "--out", "first")
+    second = command("--bits-per-weight", "7", "--out", "second", "--table", "first.fit.json")
+    assert first.returncode == second.returncode == 0, first.stderr + second.stderr
+    assert "table   first.fit.json" in " ".join(first.stdout.split("\n")) and "fit pass 3" not in second.stdout
+    sizes = [sum(p.stat().st_size for p in (tmp_path / name).glob("*.safetensors")) for name in ("first", "second")]
+    assert sizes[1] < sizes[0]
+    wrong = command("--size", "1KB", "--out", "third")
+    assert wrong.returncode == 2 and "smallest choice takes" in wrong.stderr and not (tmp_path / "third").exists()
 
 
 # other architectures
@@ -195,7 +279,8 @@ def test_it_finds_linears_by_structure(kind):
         ({"widths": [1.5]}, "between 0 and 1"),
     ],
 )
-def test_what_cannot_be_is_refused(options, match):
+def test_what_cannot_be_is_refused_before_anything_is_measured(options, match, monkeypatch):
+    monkeypatch.setattr(method, "measure", lambda *a: pytest.fail("measured"))
     with pytest.raises(BlockwrightError, match=match):
         run_of(llama(layers=1), **(FEW | options))
 

@@ -122,7 +122,12 @@ class PackedLinear(_Packed):
 
 
 class PackedEmbedding(_Packed):
-    """An embedding table packed by rows: only the rows asked for are dequantised. A tied head is a PackedLinear on the same tensors."""
+    """An embedding table packed by rows: only the rows asked for are dequantised. A tied head is a PackedLinear on the same tensors.
+
+    gives : dtype of what it returns; None: that of its scales.
+    """
+
+    gives: torch.dtype | None = None
 
     def __init__(self, num_embeddings: int, embedding_dim: int, *, bits: int, group_size: int) -> None:
         super().__init__(num_embeddings, embedding_dim, bits=bits, group_size=group_size, symmetric=True)
@@ -150,4 +155,4 @@ class PackedEmbedding(_Packed):
         rows = ids.reshape(-1)
         codes = tiles.unpack(self.weight_packed[rows], self.bits, self.embedding_dim)
         out = tiles.from_codes(codes, self.weight_scale[rows], group_size=self.group_size)
-        return out.view(*ids.shape, self.embedding_dim).to(self.weight_scale.dtype)
+        return out.view(*ids.shape, self.embedding_dim).to(self.gives or self.weight_scale.dtype)

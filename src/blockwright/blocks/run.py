@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from blockwright.blocks import folders, layers, parameters
 from blockwright.blocks.layers import Blueprint
+from blockwright.blocks.packed import PackedEmbedding
 from blockwright.blocks.parameters import Place
 from blockwright.blocks.stream import Block, Stream
 from blockwright.errors import BlockwrightError
@@ -73,6 +74,11 @@ class Run:
         self.stage, self.entered, self._passes = stage, self.model, 0
         self.curves: dict[str, list[float]] = {}  # for the report: a loss curve by block or loop
         self.details: dict[str, Any] = {}  # for the report: what else a stage found, as JSON
+
+    def branch(self, name: str) -> None:
+        """From here on, units are journalled and random numbers drawn under a name that tells what all that follows depends on: a digest of
+        what was measured, say, where that may have come from a file. A run resumed with others then finds no units of these."""
+        self.stage, self._passes = f"{self.stage}-{name}", 0
 
     def generator(self, *unit: object) -> torch.Generator:
         """Random numbers of one unit, from hash(seed, stage, unit): the same whatever ran before."""
@@ -250,8 +256,10 @@ def stage(fn: F) -> F:
         run = Run(Blueprint.of_module(subject), calibration=calibration, mask=mask, seed=seed, device=device)
         run.begin(fn.__name__)
         fn(run, **options)
-        kinds = {p.dtype for p in subject.parameters()}  # where there is one, what is packed gives values of it too
-        return run.model.build(device=device, dtype=kinds.pop() if len(kinds) == 1 else None)
+        built = run.model.build(device=device)
+        for packed in (m for m in built.modules() if isinstance(m, PackedEmbedding)):
+            packed.gives = next(p.dtype for p in subject.parameters())
+        return built
 
     return cast(F, call)
 

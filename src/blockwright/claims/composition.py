@@ -16,6 +16,7 @@ from blockwright.errors import BlockwrightError
 
 QUICK: dict[str, dict[str, Any]] = {  # options that make a stage quick, or visible, on a model of 4 blocks; others run with their defaults
     "cfsp": {"granularity": 32, "recovery_steps": 2},
+    "fit": {"bits_per_weight": 9.0, "samples": 1, "score_windows": 2},
     "flexround": {"iters": 2},
     "foldgpt": {"remove": 0.25, "group_size": 2, "gate_steps": 2, "cure_steps": 2, "r": 2},
     "lpvit": {"block_size": [16, 16]},

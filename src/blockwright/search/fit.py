@@ -9,6 +9,8 @@ Fisher information as in arXiv 1810.04859 and HAWQ, arXiv 1911.03852; scores and
 Re-measure its claim: `blockwright reproduce fit`.
 """
 
+import hashlib
+import json
 import math
 import re
 from collections.abc import Sequence
@@ -20,7 +22,7 @@ import torch
 from torch import Tensor
 
 from blockwright.blocks import layers, treatments
-from blockwright.blocks.embedding import pack_embedding
+from blockwright.blocks.embedding import GROUP, pack_embedding
 from blockwright.blocks.layers import Blueprint
 from blockwright.blocks.replacement import Scorer, divergence
 from blockwright.blocks.rounding import FlexRound, reconstruct
@@ -30,7 +32,7 @@ from blockwright.blocks.subblocks import put
 from blockwright.errors import BlockwrightError
 from blockwright.options import Bits, Count, Positive, Rate, Share, Targets
 from blockwright.search.fit_program import Choice, Problem
-from blockwright.search.fit_scores import Wanted, first_windows, fitting, keep_table, measure, read_table, trial_of
+from blockwright.search.fit_scores import Wanted, first_windows, fitting, keep_table, measure, read_table, trial_of, unmeasured
 
 CARD = {
     "slug": "fit",
@@ -72,6 +74,7 @@ def fit(
     lr: Rate = 1e-2,
     batch_size: Positive = 2,
     gap: Share = 0.001,
+    front: Count = 0,
     table: str | None = None,
 ) -> None:
     """Choose what each part of the model becomes so that the sum of what the choices add to the loss is least within the size; do it.
@@ -97,6 +100,7 @@ def fit(
     lr : of that learning.
     batch_size : windows in such a step.
     gap : share of what the treatments add to the loss at most that the proof may leave open; 0 proves the choice best, which can take long.
+    front : further sizes to solve for, evenly from the smallest to the dense model's, for the report; a second or so each.
     table : a JSON file to keep the measurements in: where it exists, nothing is measured again.
 
     Raises BlockwrightError before anything is computed for options out of range and models treated before; before anything is chosen for
@@ -104,14 +108,17 @@ def fit(
     """
     wanted = Wanted.checked(allow, keep, bits, group_sizes, embedding, ranks, widths)
     target = _bytes_of(run, size, bits_per_weight)
+    Problem(run, wanted.flat(), unmeasured(run, wanted.flat())).refuse(target, least=not wanted.structural)
     known = read_table(table, run, wanted)
     measured = known or measure(run, wanted, samples, score_windows)
     if known is None and table is not None:
         keep_table(Path(table), run, wanted, measured)
 
+    run.branch(hashlib.sha256(json.dumps(measured, sort_keys=True).encode()).hexdigest()[:8])
     problem = Problem(run, wanted, measured)
     dense = run.model
     found: list[tuple[float, Blueprint, Choice]] = []
+    rounds: list[dict[str, float]] = []
     for round_ in range(refine + 1):
         choice = problem.solve(target, gap)
         if found and choice.picks == found[-1][2].picks:
@@ -120,11 +127,12 @@ def fit(
         apply(run, problem, choice)
         true = divergence(dense, run.model, *first_windows(run, score_windows), device=run.device)
         found.append((true, run.model, choice))
+        rounds.append({"predicted": choice.predicted, "measured": true, "bytes": choice.bytes, "gap": choice.gap})
         if round_ < refine:
             run.model = dense
             problem.correct(choice, _by_block(run, problem, choice, score_windows))
     true, run.model, choice = min(found, key=lambda f: f[0])
-    _tell(run, problem, found, choice)
+    _tell(run, problem, rounds, choice, target, gap, front)
     if cure_steps:
         _cure(run, dense, problem, choice, steps=cure_steps, lr=lr, batch_size=batch_size)
 
@@ -205,14 +213,25 @@ def _cure(run: Run, dense: Blueprint, problem: Problem, choice: Choice, *, steps
         run.model = pack_embedding(run.model, choice.embedding)
 
 
-def _tell(run: Run, problem: Problem, found: Sequence[tuple[float, Blueprint, Choice]], choice: Choice) -> None:
-    """For the report: what was chosen and why, how well it was predicted, what was measured."""
-    run.details["fit"] = {
-        "rounds": [{"predicted": c.predicted, "measured": true, "bytes": c.bytes, "gap": c.gap} for true, _, c in found],
-        "blocks": [{"options": options, "linears": {n: str(t) for n, t in named.items()}} for options, named in choice.blocks],
-        "embedding": choice.embedding,
-        "factors": problem.measured["factors"],
-        "scales": problem.scale,
+def _tell(run: Run, problem: Problem, rounds: Sequence[dict[str, float]], choice: Choice, target: int, gap: float, front: int) -> None:
+    """For the report: what was chosen and of what, how well it was predicted, what one more megabyte would buy, the front."""
+    blocks: list[dict[str, Any]] = [{"options": options, "linears": {}} for options, _ in choice.blocks]
+    for (index, ways), (a, _) in zip(problem.slots, choice.picks, strict=False):
+        for name, size in ways[a].linears.items():
+            chosen = str(choice.blocks[index][1][name])
+            blocks[index]["linears"][name] = {"chosen": chosen, "offers": problem.offers(index, name, size)}
+    sizes = problem.embedding_bytes.items()
+    scores = problem.measured["embedding"]
+    offers = [(f"int{b} g{GROUP}" if b else "dense", scores.get(str(b), 0.0), size) for b, size in sizes]
+    step = (problem.whole - problem.least()) / (front + 1)
+    more = target + 10**6
+    run.details |= {
+        "rounds": rounds,
+        "blocks": blocks,
+        "embedding": {"chosen": f"int{choice.embedding} g{GROUP}" if choice.embedding else "dense", "offers": offers},
+        "megabyte": choice.predicted - problem.solve(more, gap).predicted if more <= problem.whole else 0.0,
+        "front": [(c.predicted, c.bytes) for c in (problem.solve(int(problem.least() + step * (i + 1)), gap) for i in range(front))],
+        "uniform": problem.uniform(),
     }
 
 

@@ -96,8 +96,8 @@ class Problem:
             for t in self.treatments(name, size)
         )
 
-    def solve(self, target: int, gap: float) -> Choice:
-        """The best choice whose files have at most `target` bytes. Raises BlockwrightError where there is none, or nothing to do."""
+    def _slots(self) -> list[list[Alternative]]:
+        """The subblocks and the embedding as the program takes them."""
         slots = [
             [
                 Alternative(
@@ -109,23 +109,34 @@ class Problem:
             ]
             for index, ways in self.slots
         ]
-        embedding = {bits: (self.measured["embedding"].get(str(bits), 0.0), size) for bits, size in self.embedding_bytes.items()}
-        slots.append([Alternative(score, (size,)) for score, size in embedding.values()])
-        fixed = self.outside + self.header
-        least = fixed + sum(min(_least(a) for a in alternatives) for alternatives in slots)
-        if not least <= target <= self.whole + self.header:
+        scores = self.measured["embedding"]
+        return [*slots, [Alternative(scores.get(str(bits), 0.0), (size,)) for bits, size in self.embedding_bytes.items()]]
+
+    def least(self) -> int:
+        """Bytes of the files of the smallest choice, at most."""
+        return self.outside + self.header + sum(min(_least(a) for a in alternatives) for alternatives in self._slots())
+
+    def refuse(self, target: int, *, least: bool = True) -> None:
+        """Raise BlockwrightError for a size above the dense model's and, with `least`, below that of the smallest choice."""
+        smallest = self.least()
+        if target > self.whole + self.header or (least and target < smallest):
             raise BlockwrightError(
-                f"fit: {target / 1e6:.2f} MB: the smallest choice takes {least / 1e6:.2f} MB, the dense model {self.whole / 1e6:.2f} MB",
+                f"fit: {target / 1e6:.2f} MB: the smallest choice takes {smallest / 1e6:.2f} MB, the dense model {self.whole / 1e6:.2f} MB",
                 allowed="a size between the two",
-                do="Raise the size, or allow more" if target < least else "Leave the model as it is, or lower the size",
+                do="Raise the size, or allow more" if target < smallest else "Leave the model as it is, or lower the size",
             )
+
+    def solve(self, target: int, gap: float) -> Choice:
+        """The best choice whose files have at most `target` bytes. Raises BlockwrightError where there is none, or nothing to do."""
+        self.refuse(target)
+        slots, fixed = self._slots(), self.outside + self.header
         found = assign(slots, [target - fixed], gap=gap)
         blocks: list[tuple[list[str], dict[str, Treatment]]] = [([], {}) for _ in self.measured["blocks"]]
         for (index, ways), (a, picked) in zip(self.slots, found.picks, strict=False):
             options, named = blocks[index]
             options += [ways[a].option] if ways[a].option else []
             named |= {name: self.treatments(name, size)[i] for (name, size), i in zip(ways[a].linears.items(), picked, strict=True)}
-        bits = list(embedding)[found.picks[-1][0]]
+        bits = list(self.embedding_bytes)[found.picks[-1][0]]
         return Choice(found.picks, blocks, bits, found.cost, fixed + found.amounts[0], found.gap)
 
     def correct(self, choice: Choice, measured: Sequence[float]) -> None:
@@ -148,6 +159,20 @@ class Problem:
         """What all of a choice adds by the scores as they stand."""
         blocks = math.fsum(self.predicted(i, choice) for i in range(len(choice.blocks)))
         return blocks + float(self.measured["embedding"].get(str(choice.embedding), 0.0))
+
+    def offers(self, index: int, name: str, size: tuple[int, int]) -> list[tuple[str, float, int]]:
+        """Each treatment of a linear of this size by name, with what it adds and takes."""
+        pairs = zip(self.treatments(name, size), self.items(index, name, size), strict=True)
+        return [(str(t), item.cost, item.amounts[0]) for t, item in pairs]
+
+    def uniform(self) -> list[tuple[str, float, int]]:
+        """For each treatment that all linears can have: its name, what it adds to the loss everywhere, the bytes of the files at most."""
+        slots = [(i, ways[0]) for i, ways in self.slots]
+        linears = [(i, name, size) for i, way in slots for name, size in way.linears.items()]
+        offers = [{label: (cost, amount) for label, cost, amount in self.offers(*linear)} for linear in linears]
+        rest = self.outside + self.header + self.embedding_bytes[0] + sum(way.other for _, way in slots) * self.itemsize
+        shared = [label for label in offers[0] if all(label in offer for offer in offers)]
+        return [(t, math.fsum(o[t][0] for o in offers), rest + sum(o[t][1] for o in offers)) for t in shared]
 
     def squares(self, index: int, name: str) -> Tensor:
         return torch.tensor(self.measured["blocks"][index]["x2"][name])

@@ -56,6 +56,10 @@ class Wanted(NamedTuple):
         """Whether subblocks may change their shape."""
         return "prune" in self.allow or "drop" in self.allow
 
+    def flat(self) -> "Wanted":
+        """Without what changes the shape of subblocks."""
+        return self._replace(allow=tuple(word for word in self.allow if word not in ("prune", "drop")))
+
     def keeps(self, name: str, module: nn.Module) -> bool:
         return layers.selected(name, module, self.keep, [])
 
@@ -74,8 +78,9 @@ class Wanted(NamedTuple):
 
 def measure(run: Run, wanted: Wanted, samples: int, windows: int) -> dict[str, Any]:
     """What every choice adds to the loss, in nats a token, as JSON: blocks, factors, embedding, sampled."""
-    assert run.calibration is not None or run.backward(lambda block: Fisher(block, {}, 1))  # which asks for it
-    tokens = run.calibration.numel() if run.mask is None else int(run.mask.sum())  # type: ignore[union-attr]
+    if run.calibration is None:
+        raise BlockwrightError("fit: needs calibration text", do="Give `calibration:` in the recipe, or calibration=token_ids")
+    tokens = run.calibration.numel() if run.mask is None else int(run.mask.sum())
     facts = run.backward(lambda block: Fisher(block, wanted.of_block(block), tokens))
     parts, library = library_of(run.model, wanted)
     chosen = _sampled(run, facts, samples)
@@ -115,6 +120,19 @@ def measure(run: Run, wanted: Wanted, samples: int, windows: int) -> dict[str, A
         for b in (wanted.embedding if _embedding_is_free(run.model, wanted) else ())
     }
     return {"blocks": blocks, "embedding": head, "factors": _factors(blocks)}
+
+
+def unmeasured(run: Run, wanted: Wanted) -> dict[str, Any]:
+    """The form of what `measure` gives, where all linears keep their shapes, with nothing measured: enough to know sizes."""
+    skeleton = run.model.skeleton()
+    blocks: list[dict[str, Any]] = [{"estimates": {}} for _ in range(layers.num_blocks(run.model.config))]
+    path = layers.chain_path(skeleton) + "."
+    for name, linear in layers.block_linears(skeleton).items():
+        if not layers.fixed(linear):
+            index = int(name.removeprefix(path).partition(".")[0])
+            blocks[index]["estimates"][name] = {str(t): 0.0 for t in wanted.of_linear(name, linear)}
+    offered = wanted.embedding if _embedding_is_free(run.model, wanted) else ()
+    return {"blocks": blocks, "embedding": {str(b): 0.0 for b in offered}, "factors": {}}
 
 
 def library_of(model: Blueprint, wanted: Wanted) -> tuple[list[Subblocks], Library | None]:
@@ -236,4 +254,10 @@ def read_table(table: str | None, run: Run, wanted: Wanted) -> dict[str, Any] | 
 
 
 def keep_table(path: Path, run: Run, wanted: Wanted, measured: Mapping[str, Any]) -> None:
-    folders.replace_file(path, lambda scratch: scratch.write_text(json.dumps({"belongs": _belongs(run, wanted), "measured": measured})))
+    """Write the measurements of this model, text and offers. Raises BlockwrightError where the file cannot be written."""
+    text = json.dumps({"belongs": _belongs(run, wanted), "measured": measured})
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        folders.replace_file(path, lambda scratch: scratch.write_text(text))
+    except OSError as error:
+        raise folders.told(path, error) from error

@@ -13,6 +13,7 @@ from blockwright.claims import streaming
 SMALL_FILES = (
     "from blockwright.recipes import export\nexport.SHARD_BYTES = 8 * 2**20\n"  # as small beside the model as 256 MB are beside a large one
 )
+FIT = {"fit": {"bits_per_weight": 5.7, "group_sizes": [64], "bits": [5, 6], "samples": 0, "refine": 0}}  # by estimates alone
 WHOLE = "model = LlamaForCausalLM.from_pretrained(sys.argv[1], dtype='auto')\n[p.sum() for p in model.parameters()]\n"
 
 
@@ -44,12 +45,13 @@ def test_a_job_holds_some_blocks_and_not_the_model(folder, monkeypatch):
     monkeypatch.setenv(
         "MALLOC_MMAP_THRESHOLD_", str(2**20)
     )  # small tensors too go back to the system when they are freed, as large ones do
-    found = streaming.peaks(folder, streaming.STAGES, length=32, setup=SMALL_FILES)
+    found = streaming.peaks(folder, streaming.STAGES | FIT, length=32, setup=SMALL_FILES)
     whole = meter.peak_rss("-c", streaming.LOADED + WHOLE, str(folder / "model")) - found["loaded"]
     limit = 0.65 * found["bytes"]
     assert whole > 0.95 * found["bytes"] > limit  # loading everything breaks the limit
     for stage, numbers in found["stages"].items():
         assert numbers["peak_bytes"] < limit, stage
     assert found["stages"]["finequant"]["bits"] == pytest.approx(4.25, abs=0.1)
+    assert 5.2 < found["stages"]["fit"]["bits"] <= 5.7
     assert found["stages"]["dsnot"]["bits"] == pytest.approx(16, abs=0.1)
     assert [p.name for p in folder.iterdir() if p.is_dir()] == ["model"]  # what the jobs wrote is deleted

@@ -135,7 +135,7 @@ def fit(
 
     kept = table or Path(f"{out}.fit.json")
     options: dict[str, Any] = {"size": size, "bits_per_weight": bits_per_weight, "allow": words(allow), "keep": words(keep)}
-    options |= {"cure_steps": cure, "table": str(kept)} | ({"samples": 0, "refine": 0, "score_windows": 2} if quick else {})
+    options |= {"cure_steps": cure, "table": str(kept), "front": 12} | ({"samples": 0, "refine": 0, "score_windows": 2} if quick else {})
     recipe: dict[str, Any] = {"model": model, "stages": [{"fit": options}], "out": str(out)}
     recipe |= {"calibration": {"text": calibration, "num": windows, "length": length}}
     recipe |= {"evaluation": {"text": evaluation, "num": windows, "length": length}}

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from blockwright import registry
-from blockwright.recipes import outcome, report
+from blockwright.recipes import drawing, outcome, report
 from blockwright.recipes.recipe import load_recipe
 
 MATRICES = {"q": [576, 576], "k": [192, 576], "v": [192, 576], "o": [576, 576], "gate": [1536, 576], "up": [1536, 576], "down": [576, 1536]}
@@ -409,7 +409,7 @@ def test_change(now: float | None, before: float | None, said: str) -> None:
      (2.5e15, "2,500 TB")],
 )  # fmt: skip
 def test_size(value: float | None, said: str) -> None:
-    assert report.size(value) == said
+    assert drawing.size(value) == said
 
 
 @pytest.mark.parametrize(
@@ -419,7 +419,7 @@ def test_size(value: float | None, said: str) -> None:
      (1e30, "1e+30")],
 )  # fmt: skip
 def test_number(value: float | None, said: str) -> None:
-    assert report.number(value) == said
+    assert drawing.number(value) == said
 
 
 @pytest.mark.parametrize(
@@ -449,8 +449,8 @@ def test_duration(value: float | None, said: str) -> None:
 
 @given(st.floats(1e-4, 1e11))
 def test_numbers_and_sizes_round_by_less_than_half_a_digit(value: float) -> None:
-    assert float(report.number(value).replace(",", "")) == pytest.approx(value, rel=0.501e-3)
-    amount, unit = report.size(value).split()
+    assert float(drawing.number(value).replace(",", "")) == pytest.approx(value, rel=0.501e-3)
+    amount, unit = drawing.size(value).split()
     if unit != "B":
         assert float(amount) * {"kB": 1e3, "MB": 1e6, "GB": 1e9}[unit] == pytest.approx(value, rel=0.501e-2)
         assert 1 <= float(amount) < 1000
@@ -740,7 +740,7 @@ def test_the_plot_holds_all_points_and_no_label_covers_another(points: list[tupl
 
 @given(st.floats(-1e9, 1e9), st.floats(1e-3, 1e9), st.integers(2, 9))
 def test_round_values_are_even_and_inside(low: float, width: float, count: int) -> None:
-    values = report._round_values(low, low + width, count)
+    values = drawing._round_values(low, low + width, count)
     steps = [b - a for a, b in pairwise(values)]
     assert len(values) <= count + 1
     assert all(low - width * 1e-6 <= v <= low + width * (1 + 1e-6) for v in values)
@@ -749,10 +749,10 @@ def test_round_values_are_even_and_inside(low: float, width: float, count: int) 
 
 
 def test_axis_values() -> None:
-    assert report._round_values(0, 285, 6) == [0, 50, 100, 150, 200, 250]
-    assert report._log_values(18, 29) == pytest.approx([18, 20, 22, 24, 26, 28])
-    assert report._log_values(0.9, 60) == pytest.approx([1, 2, 5, 10, 20, 50])
-    assert report._log_values(1, 2e30) == pytest.approx([1e0, 1e4, 1e8, 1e12, 1e16, 1e20, 1e24, 1e28])
+    assert drawing._round_values(0, 285, 6) == [0, 50, 100, 150, 200, 250]
+    assert drawing._log_values(18, 29) == pytest.approx([18, 20, 22, 24, 26, 28])
+    assert drawing._log_values(0.9, 60) == pytest.approx([1, 2, 5, 10, 20, 50])
+    assert drawing._log_values(1, 2e30) == pytest.approx([1e0, 1e4, 1e8, 1e12, 1e16, 1e20, 1e24, 1e28])
 
 
 # Curves, bytes, samples

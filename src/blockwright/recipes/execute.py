@@ -172,7 +172,7 @@ def _run_stages(job: Job, judge: Judge, work: Path, progress: Progress) -> tuple
                 "name": stage.name,  # noqa: B023 (called at once)
                 "options": stage.options,  # noqa: B023
                 "seconds": seconds,  # noqa: B023
-                "bytes": export.file_bytes(model, job.dtype, recipe.export),  # noqa: B023
+                "bytes": export.predicted_bytes(model, job.dtype, recipe.export),  # noqa: B023
                 "curves": curves or None,  # noqa: B023
                 "details": details or None,  # noqa: B023
                 **(judge.quality(model) if recipe.measure.quality else {}),  # noqa: B023

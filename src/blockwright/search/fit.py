@@ -229,7 +229,7 @@ def _tell(run: Run, problem: Problem, rounds: Sequence[dict[str, float]], choice
         "rounds": rounds,
         "blocks": blocks,
         "embedding": {"chosen": f"int{choice.embedding} g{GROUP}" if choice.embedding else "dense", "offers": offers},
-        "megabyte": choice.predicted - problem.solve(more, gap).predicted if more <= problem.whole else 0.0,
+        "megabyte": problem.value(choice) - problem.solve(more, gap).predicted if more <= problem.whole else 0.0,
         "front": [(c.predicted, c.bytes) for c in (problem.solve(int(problem.least() + step * (i + 1)), gap) for i in range(front))],
         "uniform": problem.uniform(),
     }

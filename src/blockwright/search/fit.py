@@ -62,7 +62,7 @@ def fit(
     bits_per_weight: Rate | None = None,
     allow: list[Literal["quantise", "low-rank", "prune", "drop"]] = ["quantise"],
     keep: Targets = [],
-    bits: list[Bits] = [2, 3, 4, 5, 6, 8],
+    bits: list[Bits] = [2, 3, 4, 5, 6, 7, 8],
     group_sizes: list[Positive] = [32, 64, 128],
     embedding: list[Literal[4, 5, 6, 8]] = [4, 5, 6, 8],
     ranks: list[Share] = [0.5, 0.25],

@@ -31,7 +31,7 @@ fit: Any = method.fit
 
 PAPER = "no single setting for the whole model is within twice the loss of the best choice for each of its parts"
 SIZES = {"int4 g64": (4, 64), "int4 g32": (4, 32), "int3 g32": (3, 32)}  # whose bytes, embeddings in bf16, are the sizes
-UNIFORM = [(bits, group) for bits in range(3, 9) for group in (32, 64, 128)]
+UNIFORM = [(bits, group) for bits in range(3, 9) for group in (32, 64, 128) if (bits, group) != (7, 128)]  # which 576 inputs do not fit
 EMBEDDING = (None, 8, 6, 5, 4)
 CURE = 60  # steps a block, for both sides
 RANDOM = 40

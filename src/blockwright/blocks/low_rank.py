@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
@@ -56,3 +57,13 @@ class LowRankLinear(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, rank={self.rank}"
+
+
+def factors(w_NK: Float[Tensor, "N K"], rank: int) -> tuple[Float[Tensor, "r K"], Float[Tensor, "N r"]]:
+    """(sqrt S V^T, U sqrt S) of the `rank` largest singular values in fp32: their product, the second times the first, is nearest to w.
+
+    Each factor takes half of the scale, so that neither learns faster. w : not modified.
+    """
+    u, s, v = torch.linalg.svd(w_NK.float(), full_matrices=False)
+    root = s[:rank].sqrt()
+    return (root[:, None] * v[:rank]).contiguous(), (u[:, :rank] * root).contiguous()

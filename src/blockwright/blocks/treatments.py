@@ -7,7 +7,7 @@ from jaxtyping import Float, Int8
 from torch import Tensor, nn
 
 from blockwright.blocks import layers, tiles
-from blockwright.blocks.low_rank import LowRankLinear
+from blockwright.blocks.low_rank import LowRankLinear, factors
 from blockwright.blocks.packed import PackedLinear
 from blockwright.blocks.stream import Block
 
@@ -67,13 +67,6 @@ def grid(
             best, least = torch.where(off < least, step, best), torch.minimum(off, least)
         scale = best
     return tiles.to_codes(w_NK, scale, bits=t.bits, group_size=t.group_size), scale
-
-
-def factors(w_NK: Float[Tensor, "N K"], rank: int) -> tuple[Float[Tensor, "r K"], Float[Tensor, "N r"]]:
-    """V and U of the nearest matrix U V of this rank, the singular values shared alike."""
-    u, s, v = torch.linalg.svd(w_NK.float(), full_matrices=False)
-    root = s[:rank].sqrt()
-    return root[:, None] * v[:rank], u[:, :rank] * root
 
 
 def treated(w_NK: Float[Tensor, "N K"], t: Treatment, x2_K: Float[Tensor, " K"] | None = None) -> Float[Tensor, "N K"]:

@@ -27,8 +27,6 @@ from blockwright.search import fit as method
 from blockwright.search.fit_program import Problem
 from blockwright.search.fit_scores import Wanted
 
-fit: Any = method.fit
-
 PAPER = "no single setting for the whole model is within twice the loss of the best choice for each of its parts"
 SIZES = {"int4 g64": (4, 64), "int4 g32": (4, 32), "int3 g32": (3, 32)}  # whose bytes, embeddings in bf16, are the sizes
 UNIFORM = [(bits, group) for bits in range(3, 9) for group in (32, 64, 128) if (bits, group) != (7, 128)]  # which 576 inputs do not fit
@@ -75,7 +73,7 @@ def measure(
         rows: list[dict[str, Any]] = []
         parts: list[Measured] = []
         for name, (bits, group) in (sizes or SIZES).items():
-            target = export.file_bytes(uniform(bits, group, None))
+            target = plain_sizes[bits, group]
             fitting = [r for r in rivals if r[3] <= target]
             largest = [max((r for r in fitting if r[2] == e), key=lambda r: r[3], default=None) for e in EMBEDDING]
             tried = [(judged(uniform(*r[:3])), r) for r in largest if r is not None]

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from blockwright.blocks import budget, layers
 from blockwright.blocks.layers import Blueprint
-from blockwright.blocks.low_rank import LowRankLinear
+from blockwright.blocks.low_rank import LowRankLinear, factors
 from blockwright.blocks.parameters import Place
 from blockwright.blocks.run import Facts, Run, stage
 from blockwright.blocks.stream import Block
@@ -319,16 +319,6 @@ def _too_small(keep_parameters: float, err: float | None, least: float) -> Block
 
 
 # factors
-
-
-def factors(w_NK: Float[Tensor, "N K"], rank: int) -> tuple[Float[Tensor, "r K"], Float[Tensor, "N r"]]:
-    """(sqrt S V^T, U sqrt S) of the `rank` largest singular values in fp32: their product, the second times the first, is nearest to w.
-
-    Each factor takes half of the scale, so that neither learns faster. w : not modified.
-    """
-    u, s, v = torch.linalg.svd(w_NK.float(), full_matrices=False)
-    root = s[:rank].sqrt()
-    return (root[:, None] * v[:rank]).contiguous(), (u[:, :rank] * root).contiguous()
 
 
 def tune(run: Run, feed: Feed, *, steps: int, lr: float, norms: bool = True, checkpointing: bool = False) -> dict[str, nn.Parameter]:

@@ -10,8 +10,9 @@ import torch
 from torch import nn
 
 from blockwright import meter, registry
-from blockwright.blocks import embedding, layers, tiles
+from blockwright.blocks import embedding, layers
 from blockwright.blocks.layers import Blueprint
+from blockwright.blocks.treatments import SHAPE_BYTES, Treatment, nbytes
 from blockwright.errors import BlockwrightError
 from blockwright.recipes import export
 from blockwright.recipes.prepare import Job, prepare
@@ -19,7 +20,6 @@ from blockwright.recipes.recipe import Recipe
 
 BASE_MEMORY = 600 * 2**20  # the interpreter with torch and transformers loaded
 PACKED = ("packed", "dual-grained", "offset-packed")  # what a stage leaves that a standard layout holds as packed linears
-SHAPE_BYTES = 16  # what a packed matrix stores beside codes and scales
 
 
 def plan(recipe: Recipe) -> dict[str, Any]:
@@ -153,8 +153,7 @@ def _gain_of_embedding(job: Job, dense: Blueprint) -> int:
     if bits is None or job.recipe.export == "dense":
         return 0
     v, d = dense.skeleton().get_input_embeddings().weight.shape
-    codes, scales = 4 * v * -(-d * bits // 32), 2 * v * tiles.num_groups(d, embedding.GROUP)
-    return int(codes + scales + SHAPE_BYTES - v * d * job.dtype.itemsize)
+    return nbytes(Treatment("quantise", bits, embedding.GROUP), v, d, 2) - int(v * d * job.dtype.itemsize)
 
 
 @cache

@@ -223,14 +223,14 @@ def _tell(run: Run, problem: Problem, rounds: Sequence[dict[str, float]], choice
     sizes = problem.embedding_bytes.items()
     scores = problem.measured["embedding"]
     offers = [(f"int{b} g{GROUP}" if b else "dense", scores.get(str(b), 0.0), size) for b, size in sizes]
-    step = (problem.whole - problem.least()) / (front + 1)
+    step = (problem.whole - problem.smallest) / (front + 1)
     more = target + 10**6
     run.details |= {
         "rounds": rounds,
         "blocks": blocks,
         "embedding": {"chosen": f"int{choice.embedding} g{GROUP}" if choice.embedding else "dense", "offers": offers},
         "megabyte": problem.value(choice) - problem.solve(more, gap).predicted if more <= problem.whole else 0.0,
-        "front": [(c.predicted, c.bytes) for c in (problem.solve(int(problem.least() + step * (i + 1)), gap) for i in range(front))],
+        "front": [(c.predicted, c.bytes) for c in (problem.solve(int(problem.smallest + step * (i + 1)), gap) for i in range(front))],
         "uniform": problem.uniform(),
     }
 

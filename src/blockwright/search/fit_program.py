@@ -67,6 +67,8 @@ class Problem:
         counted = sum(way.other + sum(map(math.prod, way.linears.values())) for way in parents) * self.itemsize
         self.outside = self.whole - counted - self.embedding_bytes[0]  # bytes that no choice changes
         self.header = 64 + sum(len(n) + NAME_BYTES for n in run.model.tensors) + sum(3 * (len(n) + NAME_BYTES) for n in linears)
+        smallest = sum(min(_least(a) for a in alternatives) for alternatives in self._slots())
+        self.smallest = self.outside + self.header + smallest  # bytes of the files of the smallest choice, at most
 
     def _ways(self, index: int, block: Mapping[str, Any]) -> list[list[Way]]:
         if not self.parts:
@@ -112,18 +114,14 @@ class Problem:
         scores = self.measured["embedding"]
         return [*slots, [Alternative(scores.get(str(bits), 0.0), (size,)) for bits, size in self.embedding_bytes.items()]]
 
-    def least(self) -> int:
-        """Bytes of the files of the smallest choice, at most."""
-        return self.outside + self.header + sum(min(_least(a) for a in alternatives) for alternatives in self._slots())
-
     def refuse(self, target: int, *, least: bool = True) -> None:
         """Raise BlockwrightError for a size above the dense model's and, with `least`, below that of the smallest choice."""
-        smallest = self.least()
-        if target > self.whole + self.header or (least and target < smallest):
+        if target > self.whole + self.header or (least and target < self.smallest):
             raise BlockwrightError(
-                f"fit: {target / 1e6:.2f} MB: the smallest choice takes {smallest / 1e6:.2f} MB, the dense model {self.whole / 1e6:.2f} MB",
+                f"fit: {target / 1e6:.2f} MB: the smallest choice takes {self.smallest / 1e6:.2f} MB, "
+                f"the dense model {self.whole / 1e6:.2f} MB",
                 allowed="a size between the two",
-                do="Raise the size, or allow more" if target < smallest else "Leave the model as it is, or lower the size",
+                do="Raise the size, or allow more" if target < self.smallest else "Leave the model as it is, or lower the size",
             )
 
     def solve(self, target: int, gap: float) -> Choice:
